@@ -1,0 +1,61 @@
+"""The Transfusion attention mask: who may look at whom (paper, section 3, "Transfusion attention", figure 4).
+
+Text is read causally, an image all at once. A position may attend to every earlier position of its document, and a
+patch also to the later patches of its own image. <BOI> and <EOI> are text, outside the image's block. Nothing sees
+another document packed into the same row, and padding sees only itself (a row of the mask that is all False would
+turn softmax into NaN).
+
+Exports `mask_rule`, the rule itself in the form that FlexAttention takes, and `transfusion_mask`, the same rule as a
+dense boolean mask for scaled_dot_product_attention.
+"""
+
+import torch
+
+TEXT = -1  # image_id of a position that belongs to no image
+PADDING = -1  # doc_id of a position that belongs to no document
+
+
+def mask_rule(image_id, doc_id):
+    """The mask as a function of four indices, `rule(b, h, q, k) -> bool`: may position q of row b attend to k?
+
+    image_id: (B, S) int, the number of the image that a patch belongs to (unique within the row), -1 for text.
+    doc_id:   (B, S) int, the number of the document that a position belongs to, -1 for padding.
+    The head index h plays no part; the signature is the `mask_mod` of FlexAttention's `create_block_mask`.
+    """
+
+    def rule(b, h, q, k):
+        same_image = (image_id[b, q] == image_id[b, k]) & (image_id[b, q] != TEXT)
+        same_document = (doc_id[b, q] == doc_id[b, k]) & (doc_id[b, q] != PADDING)
+        return (q == k) | (same_document & ((q >= k) | same_image))
+
+    return rule
+
+
+def transfusion_mask(image_id, doc_id=None):
+    """The rule at every (query, key), True = may attend: (B, S), (B, S) -> bool (B, 1, S, S). Without doc_id each row is one document."""
+    if doc_id is None:
+        doc_id = torch.zeros_like(image_id)
+    batch, length = image_id.shape
+    b = torch.arange(batch, device=image_id.device)[:, None, None, None]
+    position = torch.arange(length, device=image_id.device)
+    return mask_rule(image_id, doc_id)(b, None, position[:, None], position[None, :])
+
+
+if __name__ == "__main__":
+    from PIL import Image
+
+    # Two documents and some padding in one row: "a red dot <BOI> 4 patches <EOI>", "<BOI> 4 patches <EOI> a dot".
+    names = ["a", "red", "dot", "BOI", *["#"] * 4, "EOI", "BOI", *["#"] * 4, "EOI", "a", "dot", "pad", "pad"]
+    image_id = torch.tensor([[-1] * 4 + [0] * 4 + [-1] * 2 + [1] * 4 + [-1] * 5])
+    doc_id = torch.tensor([[0] * 9 + [1] * 8 + [-1] * 2])
+    mask = transfusion_mask(image_id, doc_id)[0, 0]
+    for name, row in zip(names, mask):
+        print(f"{name:>4} " + " ".join("■" if allowed else "·" for allowed in row))
+    colours = torch.where(image_id[0] >= 0, 1, 0)[:, None] & mask  # patch rows in blue, text rows in dark grey
+    picture = torch.full((*mask.shape, 3), 238, dtype=torch.uint8)
+    picture[mask] = torch.tensor([60, 60, 70], dtype=torch.uint8)
+    picture[colours.bool()] = torch.tensor([66, 120, 220], dtype=torch.uint8)
+    cells = picture.repeat_interleave(24, 0).repeat_interleave(24, 1).numpy()
+    cells[::24], cells[:, ::24] = 255, 255  # a white grid between the cells
+    Image.fromarray(cells).save("attention_mask.png")
+    print("rows: who looks; columns: at whom; ■ = may attend; # = patch. Wrote attention_mask.png")

@@ -1,0 +1,160 @@
+"""Denoising diffusion, DDPM (paper, section 2; Ho et al. 2020; Nichol & Dhariwal 2021; DDIM: Song et al. 2021).
+
+    q_sample (eq. 2)   x_t = alpha_t x_0 + sigma_t eps,   alpha_t = sqrt(abar_t),   sigma_t = sqrt(1 - abar_t)
+    loss     (eq. 3)   || eps - eps_theta(x_t, t, c) ||^2
+
+Time runs as in the paper: t = 1..T are noisy, t = 0 is the clean image (abar_0 = 1), which is what an image that only
+conditions what follows is shown at. Exports `DiffusionConfig` and `DDPM`, which holds the schedule and does every step
+of arithmetic that involves it, in float32; `guide` is classifier-free guidance. Nothing here knows the network.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@dataclass
+class DiffusionConfig:
+    timesteps: int = 1000  # T
+    prediction: str = "eps"  # what the network outputs: "eps" (the paper) or "v" (Salimans & Ho 2022)
+    t_draw: str = "uniform"  # training timesteps: "uniform" (the paper) or "logit_normal" (Esser et al. 2024)
+    t_mean: float = 0.0  # logit_normal only: above 0 leans towards high noise, where layout and colour are decided
+    t_std: float = 1.0  # logit_normal only
+
+    def __post_init__(self):
+        for name, allowed in (("prediction", ("eps", "v")), ("t_draw", ("uniform", "logit_normal"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+
+
+def guide(conditional, unconditional, scale):
+    """Classifier-free guidance (Ho & Salimans 2022): 1 = the conditional prediction as it is, 0 = the unconditional one."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+class DDPM(nn.Module):
+    """The noise schedule and what follows from it. Has no parameters; a module so that `.to(device)` moves its tables."""
+
+    def __init__(self, timesteps=1000, prediction="eps", t_draw="uniform", t_mean=0.0, t_std=1.0):
+        super().__init__()
+        self.config = DiffusionConfig(timesteps, prediction, t_draw, t_mean, t_std)
+        self.timesteps = timesteps
+        t = np.arange(timesteps + 1, dtype=np.float64)
+        f = np.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2  # Nichol & Dhariwal, eq. 17
+        betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+        abar = np.concatenate([[1.0], np.cumprod(1 - betas)])  # indexed by t: abar[0] = 1 is the clean image
+        self.register_buffer("alphas_cumprod", torch.tensor(abar[1:], dtype=torch.float32), persistent=False)  # (T,), without t = 0
+        self.register_buffer("alpha", torch.tensor(np.sqrt(abar), dtype=torch.float32), persistent=False)  # (T + 1,)
+        self.register_buffer("sigma", torch.tensor(np.sqrt(1 - abar), dtype=torch.float32), persistent=False)  # (T + 1,)
+
+    def _at(self, t, like):
+        """alpha_t and sigma_t, shaped to multiply `like`: t (N,) or int -> two of (N, 1, 1, ...)."""
+        t = torch.as_tensor(t, device=like.device).expand(like.shape[0])
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        return self.alpha[t].view(shape), self.sigma[t].view(shape)
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def draw_timesteps(self, max_t, generator=None, t_draw=None):
+        """One t per image: max_t (N,) int64 -> t (N,), in 1..max_t where max_t > 0 and 0 (clean) where it is 0.
+
+        The paper draws uniformly. "logit_normal" takes u = sigmoid(normal(t_mean, t_std)) in the place of a uniform u.
+        t_draw: overrides the configuration's (validation draws uniformly whatever the training does).
+        """
+        shape, device = max_t.shape, max_t.device
+        if (t_draw or self.config.t_draw) == "uniform":
+            u = torch.rand(shape, generator=generator, device=device)
+        else:
+            normal = torch.randn(shape, generator=generator, device=device)
+            u = torch.sigmoid(self.config.t_mean + self.config.t_std * normal)
+        return torch.minimum((u * max_t).long() + 1, max_t)
+
+    def q_sample(self, x_0, t, eps):
+        """Noise clean latents to step t (eq. 2): x_0 (N, ...), t (N,), eps like x_0 -> x_t."""
+        alpha, sigma = self._at(t, x_0)
+        return alpha * x_0 + sigma * eps
+
+    def loss(self, prediction, x_0, t, eps):
+        """Mean squared error over the elements of each image (eq. 3): (N, ...) -> (N,). 0 for a perfect prediction;
+        1 in expectation for a network that always answers 0, since eps has unit variance."""
+        if self.config.prediction == "eps":
+            target = eps
+        else:
+            alpha, sigma = self._at(t, x_0)
+            target = alpha * eps - sigma * x_0
+        return (prediction.float() - target).square().flatten(1).mean(1)
+
+    # ---- sampling ----------------------------------------------------------------------------------------------
+
+    def eps_and_x_0(self, prediction, x_t, t):
+        """Read the network's output as (estimate of the noise, estimate of the clean latents)."""
+        alpha, sigma = self._at(t, x_t)
+        if self.config.prediction == "eps":
+            return prediction, (x_t - sigma * prediction) / alpha
+        return alpha * prediction + sigma * x_t, alpha * x_t - sigma * prediction
+
+    def schedule(self, steps):
+        """The timesteps visited in `steps` denoising steps: T = t_0 > t_1 > ... > t_steps = 0, evenly spaced.
+
+        Raises ValueError unless 1 <= steps <= T.
+        """
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"{steps} denoising steps; it must be between 1 and {self.timesteps}")
+        return torch.linspace(self.timesteps, 0, steps + 1, dtype=torch.float64).round().long().tolist()
+
+    def ddpm_step(self, prediction, x_t, t, s, noise):
+        """One ancestral step from t to s < t: a draw from q(x_s | x_t, x_0) (Ho et al. 2020, eq. 6-7) at the estimated
+        x_0, its betas taken between t and s, so that any subset of the 1000 steps can be visited."""
+        _, x_0 = self.eps_and_x_0(prediction, x_t, t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self._at(t, x_t), self._at(s, x_t)
+        beta = (sigma_t**2 - sigma_s**2) / alpha_s**2  # = 1 - abar_t / abar_s, without its cancellation
+        mean = (alpha_s * beta * x_0 + alpha_t / alpha_s * sigma_s**2 * x_t) / sigma_t**2
+        return mean + sigma_s / sigma_t * beta.sqrt() * noise
+
+    def ddim_step(self, prediction, x_t, t, s, noise=None, eta=0.0):
+        """One DDIM step from t to s < t (Song et al. 2021, eq. 12 and 16). eta = 0 adds no noise; eta = 1 is ancestral."""
+        eps, x_0 = self.eps_and_x_0(prediction, x_t, t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self._at(t, x_t), self._at(s, x_t)
+        spread = eta * sigma_s / sigma_t * ((sigma_t**2 - sigma_s**2) / alpha_s**2).sqrt()
+        x_s = alpha_s * x_0 + (sigma_s**2 - spread**2).sqrt() * eps
+        return x_s if noise is None else x_s + spread * noise
+
+    def sample(self, predict, x_T, steps, sampler="ddpm", eta=0.0, noise=torch.randn_like, progress=lambda ts: ts):
+        """Denoise x_T (N, ...) ~ N(0, 1) to x_0 in `steps` calls of `predict(x_t, t) -> prediction`, t an int.
+
+        noise(x) draws what the ancestral sampler adds; progress wraps the list of steps (tqdm fits).
+        """
+        if sampler not in ("ddpm", "ddim"):
+            raise ValueError(f"sampler is {sampler!r}; it must be ddpm or ddim")
+        times = self.schedule(steps)
+        x = x_T
+        for t, s in progress(list(zip(times[:-1], times[1:]))):
+            prediction = predict(x, t).float()
+            if sampler == "ddpm":
+                x = self.ddpm_step(prediction, x, t, s, noise(x))
+            else:
+                x = self.ddim_step(prediction, x, t, s, noise(x) if eta else None, eta)
+        return x
+
+
+if __name__ == "__main__":
+    from PIL import Image
+
+    from data import Scenes  # a picture to noise
+
+    ddpm = DDPM()
+    print("   t   abar_t   alpha_t  sigma_t   log10 SNR")
+    times = [0, 1, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]
+    for t in times:
+        alpha, sigma = ddpm.alpha[t].item(), ddpm.sigma[t].item()
+        snr = f"{2 * math.log10(alpha / sigma):9.2f}" if sigma else "      inf"
+        print(f"{t:4d}  {alpha**2:.5f}   {alpha:.5f}  {sigma:.5f}  {snr}")
+    pixels = torch.from_numpy(Scenes("places", 32).example(0).render()).float() / 127.5 - 1
+    x_0 = pixels.expand(len(times), -1, -1, -1)
+    x_t = ddpm.q_sample(x_0, torch.tensor(times), torch.randn(pixels.shape).expand_as(x_0))
+    strip = torch.cat(list(((x_t.clamp(-1, 1) + 1) * 127.5).byte()), dim=1).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    Image.fromarray(strip.numpy()).save("diffusion.png")
+    print("wrote diffusion.png: one image at these t, left to right")

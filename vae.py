@@ -1,0 +1,339 @@
+"""The autoencoder that turns pictures into the latents that are diffused (paper, section 4.1 and appendix A).
+
+A convolutional KL-VAE as in latent diffusion (Esser et al. 2021; Rombach et al. 2022): 256x256x3 -> 32x32x8. Its loss is
+
+    L1 + LPIPS + 0.5 GAN (patch discriminator, from `disc_start` on, with an adaptive weight) + 1e-6 KL
+
+with latent diffusion's reduction, on which those weights depend: L1 and KL are *summed* over the elements of a picture
+and averaged over the batch. The paper's further term on MoCo v2 features is left out: no package carries those weights.
+Trains in float32: half precision gives NaNs here. Each latent channel is standardised by statistics that are measured
+after training and stored with the weights, so that the diffusion sees mean 0 and variance 1.
+
+Exports `VAEConfig`, `VAE`, `train_vae`, and the checkpoint functions `save_checkpoint` and `load_checkpoint`.
+`python vae.py --config small` trains one alone and writes reconstructions.
+"""
+
+import math
+import os
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+
+@dataclass
+class VAEConfig:
+    channels: int = 128
+    channel_multiples: tuple = (1, 2, 4, 4)  # per level; each level after the first halves the resolution
+    n_res: int = 2  # residual blocks per level (one more in the decoder)
+    latent_channels: int = 8
+    unshuffle: int = 1  # pixels a side folded into channels before the first convolution: cheap downsampling for small models
+    mid_attention: bool = True
+    kl_weight: float = 1e-6
+    perceptual_weight: float = 1.0  # LPIPS, when the package lpips is installed
+    disc_weight: float = 0.5
+    disc_start: int = 50_000  # step from which the discriminator plays; beyond `steps`: never
+    steps: int = 1_000_000
+    batch: int = 32
+    lr: float = 1e-4
+    warmup: int = 1000
+
+    @property
+    def factor(self):
+        """Pixels per latent pixel, a side."""
+        return self.unshuffle * 2 ** (len(self.channel_multiples) - 1)
+
+
+# ---- The network ----------------------------------------------------------------------------------------------------
+
+
+def norm(channels):
+    """Group norm with latent diffusion's 32 groups, fewer where there are fewer channels."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions, each after norm and SiLU, beside a skip connection."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.norm1, self.conv1 = norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class MidAttention(nn.Module):
+    """Single-head attention over all latent pixels, at the lowest resolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = norm(channels)
+        self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (N, H W, C)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Conv2d):
+    """Halve the resolution; padded right and below only, as in latent diffusion."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+def middle(channels, attention):
+    """The two residual blocks at the lowest resolution, with attention between them."""
+    return [ResBlock(channels, channels), *([MidAttention(channels)] if attention else []), ResBlock(channels, channels)]
+
+
+def encoder(c):
+    """Pictures (N, 3, H, W) -> mean and log-variance (N, 2 latent_channels, H/f, W/f)."""
+    layers = [nn.PixelUnshuffle(c.unshuffle), nn.Conv2d(3 * c.unshuffle**2, c.channels, 3, padding=1)]
+    width = c.channels
+    for level, multiple in enumerate(c.channel_multiples):
+        if level:
+            layers.append(Downsample(width))
+        for _ in range(c.n_res):
+            layers.append(ResBlock(width, c.channels * multiple))
+            width = c.channels * multiple
+    layers += middle(width, c.mid_attention)
+    return nn.Sequential(*layers, norm(width), nn.SiLU(), nn.Conv2d(width, 2 * c.latent_channels, 3, padding=1))
+
+
+def decoder(c):
+    """Latents (N, latent_channels, h, w) -> pictures (N, 3, f h, f w)."""
+    width = c.channels * c.channel_multiples[-1]
+    layers = [nn.Conv2d(c.latent_channels, width, 3, padding=1), *middle(width, c.mid_attention)]
+    for level, multiple in enumerate(reversed(c.channel_multiples)):
+        if level:
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
+        for _ in range(c.n_res + 1):
+            layers.append(ResBlock(width, c.channels * multiple))
+            width = c.channels * multiple
+    return nn.Sequential(*layers, norm(width), nn.SiLU(), nn.Conv2d(width, 3 * c.unshuffle**2, 3, padding=1), nn.PixelShuffle(c.unshuffle))
+
+
+class VAE(nn.Module):
+    """Encoder, decoder and the statistics of the latents."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = encoder(config), decoder(config)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+
+    def posterior(self, pixels):
+        """q(z | x), not standardised: (N, 3, H, W) in -1..1 -> mean and log-variance, each (N, C, H/f, W/f)."""
+        mean, log_var = self.encoder(pixels).chunk(2, dim=1)
+        return mean, log_var.clamp(-30, 20)
+
+    @torch.no_grad()
+    def encode(self, pixels, noise=None):
+        """Standardised latents (N, C, H/f, W/f): the posterior's mean, or a draw from it if noise of that shape is given."""
+        mean, log_var = self.posterior(pixels)
+        z = mean if noise is None else mean + (0.5 * log_var).exp() * noise
+        return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Pictures (N, 3, H, W) in -1..1 from standardised latents."""
+        return self.decoder(latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]).clamp(-1, 1)
+
+
+class PatchDiscriminator(nn.Sequential):
+    """pix2pix's discriminator (Isola et al. 2017): a logit for every patch of the picture."""
+
+    def __init__(self, width=64, n_layers=3):
+        layers = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, n_layers + 1):
+            a, b = width * min(2 ** (i - 1), 8), width * min(2**i, 8)
+            layers += [nn.Conv2d(a, b, 4, stride=2 if i < n_layers else 1, padding=1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Conv2d(b, 1, 4, padding=1))
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def reconstruction_loss(pixels, output, mean, log_var, config, perceptual=None):
+    """L1 (+ LPIPS) and KL, each summed over a picture and averaged over the batch -> two scalars."""
+    error = (pixels - output).abs()
+    if perceptual is not None:
+        error = error + config.perceptual_weight * perceptual(pixels, output)  # (N, 1, 1, 1): counts at every element, as in latent diffusion
+    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
+    return error.sum() / len(pixels), kl.sum() / len(pixels)
+
+
+def adaptive_weight(reconstruction, adversarial, last_layer):
+    """How much to scale the GAN's gradient so that it is as large as the reconstruction's at the decoder's last layer
+    (Esser et al. 2021, eq. 7)."""
+    by_rec, by_gan = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial))
+    return (by_rec / (by_gan + 1e-4)).clamp(0, 1e4).detach()
+
+
+def load_perceptual(device):
+    """LPIPS (Zhang et al. 2018) if its optional package and weights are at hand, else None, with a line that says so."""
+    try:
+        import lpips
+
+        return lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
+    except Exception as error:  # not installed, or its VGG weights cannot be fetched
+        print(f"training the VAE without LPIPS ({type(error).__name__}); `pip install lpips` gives it")
+        return None
+
+
+def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_every=5000, interrupted=lambda: False):
+    """Train a VAE and measure its latents' statistics.
+
+    pictures(first, n): float32 (n, 3, H, W) in -1..1, pictures number first..first+n-1 of the training data
+    path: where the checkpoint goes; resume=True goes on from the one that is there
+    interrupted(): asked after every step; if true, the checkpoint is written and KeyboardInterrupt raised
+    Returns the VAE in eval mode. Raises FloatingPointError if the loss is not finite.
+    """
+    torch.manual_seed(seed)
+    vae, disc = VAE(config).to(device), PatchDiscriminator().to(device)
+    vae = vae.to(memory_format=torch.channels_last)
+    with_disc = config.disc_start < config.steps and config.disc_weight > 0
+    perceptual = load_perceptual(device) if config.perceptual_weight > 0 else None
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.5, 0.95), weight_decay=0.0, fused=True)
+    disc_optimizer = torch.optim.AdamW(disc.parameters(), lr=config.lr, betas=(0.5, 0.95), weight_decay=0.0, fused=True)
+    parts = {"vae": vae, "disc": disc, "optimizer": optimizer, "disc_optimizer": disc_optimizer}
+    step = 0
+    if resume and Path(path).exists():
+        state = load_checkpoint(path)
+        step = state["step"]
+        for name, part in parts.items():
+            if name in state:
+                part.load_state_dict(state[name])
+
+    def save(**more):
+        """Write the checkpoint, `step` being the number of steps done."""
+        state = {name: part.state_dict() for name, part in parts.items() if with_disc or not name.startswith("disc")}
+        save_checkpoint(path, {"vae_config": asdict(config), "step": step, **state, **more})
+
+    bar = tqdm(range(step, config.steps), desc="VAE", initial=step, total=config.steps, mininterval=1)
+    for _ in bar:
+        # Linear warm-up, then a cosine to zero.
+        now = config.lr * min((step + 1) / config.warmup, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+        for group in optimizer.param_groups + disc_optimizer.param_groups:
+            group["lr"] = now
+        x = pictures(step * config.batch, config.batch).to(device, memory_format=torch.channels_last)
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+        mean, log_var = vae.posterior(x)
+        z = mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=device)
+        output = vae.decoder(z)
+        rec, kl = reconstruction_loss(x, output, mean, log_var, config, perceptual)
+        loss = rec + config.kl_weight * kl
+        if with_disc and step >= config.disc_start:
+            adversarial = -disc(output).mean()
+            weight = adaptive_weight(rec, adversarial, vae.decoder[-2].weight)
+            loss = loss + config.disc_weight * weight * adversarial
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1e4)
+        optimizer.step()
+        if with_disc and step >= config.disc_start:
+            hinge = F.relu(1 - disc(x)).mean() + F.relu(1 + disc(output.detach())).mean()
+            disc_optimizer.zero_grad(set_to_none=True)
+            (0.5 * hinge).backward()
+            disc_optimizer.step()
+        if step % 50 == 0 or step == config.steps - 1:
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"the VAE's loss is {loss.item()} at step {step}: lower --vae_lr (now {config.lr:g})")
+            bar.set_postfix_str(f"L1 {rec.item() / x[0].numel():.4f}, KL {kl.item():.0f}")
+        step += 1
+        if step % save_every == 0:
+            save()
+        if interrupted():
+            save()
+            raise KeyboardInterrupt
+    vae.eval()
+    with torch.no_grad():
+        # Of draws, not of means: a channel that carries little is mostly the posterior's own noise.
+        z = []
+        for i in range(max(1, 2048 // config.batch)):
+            mean, log_var = vae.posterior(pictures(i * config.batch, config.batch).to(device))
+            z.append(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
+        z = torch.cat(z)
+        vae.latent_mean.copy_(z.mean((0, 2, 3)))
+        vae.latent_std.copy_(z.std((0, 2, 3)))
+    save(done=True)
+    return vae
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values so that `path` holds either the old checkpoint or the new one, never half
+    of one. Raises OSError (disk full, not writable); the old file survives it."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be saved ({error}); what was saved there before is intact") from error
+
+
+def load_checkpoint(path):
+    """Read a checkpoint onto the CPU; tensors and plain values only, code in it is refused. Raises ValueError, naming the file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder, not a checkpoint") from None
+    except Exception as error:  # torch raises many kinds for broken files
+        if zipfile.is_zipfile(path) and "weights_only" in str(error).lower():
+            raise ValueError(f"{path}: refused, it holds more than tensors and plain values (code, perhaps)") from None
+        raise ValueError(f"{path}: is not a checkpoint, or is truncated ({type(error).__name__})") from None
+
+
+def load_vae(path, device="cpu"):
+    """The VAE of a checkpoint written by train_vae or train.py, in eval mode. Raises ValueError, naming the file."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or "vae_config" not in state:
+        raise ValueError(f"{path}: is a checkpoint, but holds no VAE")
+    vae = VAE(VAEConfig(**state["vae_config"])).to(device)
+    vae.load_state_dict(state["vae"])
+    return vae.eval()
+
+
+if __name__ == "__main__":
+    import numpy as np
+    from PIL import Image
+
+    from data import open_pairs, to_pixels
+    from train import parse, pick_device, prepare_vae, report_errors
+
+    def demo():
+        config, resume = parse(description="Train the VAE of a preset alone and write reconstructions.")
+        vae = prepare_vae(config, pick_device(config.device), resume)
+        pairs = open_pairs(config.data, "held_out")
+        x = to_pixels(np.stack([pairs.pair(i)[1]() for i in range(16)])).to(next(vae.parameters()).device)
+        print(f"mean absolute error on held-out pictures: {(x - vae.decode(vae.encode(x))).abs().mean() / 2:.4f} of the range")
+        rows = [torch.cat(list(row), dim=2) for row in (x, vae.decode(vae.encode(x)))]
+        Image.fromarray(((torch.cat(rows, dim=1) + 1) * 127.5).byte().movedim(0, -1).cpu().numpy()).save(Path(config.out) / "reconstructions.png")
+        print(f"wrote {config.out}/reconstructions.png: pictures above, reconstructions below")
+
+    report_errors(demo)
