@@ -34,7 +34,7 @@ class DataConfig:
     grammar: str = "places"  # of the built-in scenes: "places", "relations" or "rich"
     image_size: int = 256  # pixels a side
     seq_len: int = 4096  # tokens a row; documents are packed into it
-    merges: int = 512  # at most this many byte pairs are merged into tokens; 0 = plain bytes
+    merges: int = 512  # at most so many pairs are merged into tokens; 0 = plain bytes
     caption_first: float = 0.8  # share of pairs whose caption precedes the picture (section 4.1)
     drop_caption: float = 0.1  # share of caption-first pairs without the caption: the unconditional branch of guidance
     image_first_max_t: int = 500  # noise limit where the picture precedes its caption (section 4.3); 1000 = none
@@ -43,6 +43,8 @@ class DataConfig:
         for name in ("caption_first", "drop_caption"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.seq_len < 1 or self.image_size < 1:
+            raise ValueError(f"seq_len is {self.seq_len} and image_size {self.image_size}; both must be above 0")
         if self.grammar not in GRAMMARS:
             raise ValueError(f"grammar is {self.grammar!r}; it must be one of {', '.join(GRAMMARS)}")
 
@@ -51,8 +53,8 @@ class DataConfig:
 
 
 class Tokenizer:
-    """Byte-pair encoding inside words (Sennrich et al. 2016): ids 0..255 are bytes, then one id per merge, then the
-    five special tokens. `merges` is all of its state; without merges it is a plain byte tokenizer."""
+    """Byte-pair encoding (Sennrich et al. 2016): ids 0..255 are bytes, then one id per merge, then the five special tokens.
+    `merges` is all of its state; without merges it is a plain byte tokenizer, and with any it falls back to bytes."""
 
     def __init__(self, merges=()):
         self.merges = [tuple(pair) for pair in merges]
@@ -62,28 +64,40 @@ class Tokenizer:
             self.pieces.append(self.pieces[a] + self.pieces[b])
         self.bos, self.eos, self.boi, self.eoi, self.pad = range(len(self.pieces), len(self.pieces) + 5)
         self.vocab_size = len(self.pieces) + 5
-        self._encode_word = lru_cache(maxsize=100_000)(self._merge_word)
+        self._encode_word = lru_cache(maxsize=100_000)(lambda word: self._merge(tuple(word.encode())))
 
     @classmethod
     def learn(cls, texts, merges):
-        """The tokenizer of at most `merges` merges that the most frequent neighbours in `texts` suggest, in that order."""
-        words = Counter(word for text in texts for word in re.findall(r"\s*\S+|\s+", text))
-        words = {tuple(word.encode()): count for word, count in words.items()}
+        """The tokenizer of at most `merges` merges that `texts` suggest: the most frequent neighbours, first inside words,
+        then across words (Liu et al. 2025), there only where one never occurs without the other, in a tenth of the texts or
+        more: "at the" becomes one token, "red circle" must not, or no red square would share anything with it."""
         learned = []
-        while len(learned) < merges:
-            pairs = Counter()
-            for word, count in words.items():
-                for pair in zip(word, word[1:]):
-                    pairs[pair] += count
-            pair, count = max(pairs.items(), key=lambda item: (item[1], item[0]), default=(None, 0))
-            if count < 2:
-                break
-            words = {_replace(word, pair, 256 + len(learned)): count for word, count in words.items()}
-            learned.append(pair)
+
+        def grow(sequences, wanted):
+            """Merge the most frequent wanted pair of neighbours, again and again. sequences: {ids: how often}."""
+            while len(learned) < merges:
+                pairs, single = Counter(), Counter()
+                for ids, count in sequences.items():
+                    for pair in zip(ids, ids[1:]):
+                        pairs[pair] += count
+                    for i in ids:
+                        single[i] += count
+                best = max(((n, pair) for pair, n in pairs.items() if wanted(n, single[pair[0]], single[pair[1]])), default=None)
+                if best is None:
+                    return
+                merged = Counter()
+                for ids, count in sequences.items():
+                    merged[_replace(ids, best[1], 256 + len(learned))] += count
+                sequences = merged
+                learned.append(best[1])
+
+        words = Counter(word for text in texts for word in re.findall(WORD, text))
+        grow({tuple(word.encode()): count for word, count in words.items()}, lambda n, a, b: n > 1)
+        inside = cls(learned)
+        grow(Counter(tuple(inside.encode(text)) for text in texts), lambda n, a, b: n == min(a, b) and n >= max(2, len(texts) / 10))
         return cls(learned)
 
-    def _merge_word(self, word):
-        ids = tuple(word.encode())
+    def _merge(self, ids):
         while len(ids) > 1:
             pair = min(zip(ids, ids[1:]), key=lambda p: self.rank.get(p, len(self.rank)))
             if pair not in self.rank:
@@ -93,14 +107,18 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids, without special tokens. Any text can be encoded, and decodes to itself."""
-        return [i for word in re.findall(r"\s*\S+|\s+", text) for i in self._encode_word(word)]
+        return list(self._merge(tuple(i for word in re.findall(WORD, text) for i in self._encode_word(word))))
 
     def decode(self, ids):
         """Ids -> str; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.pieces[i] for i in ids if i < len(self.pieces)).decode(errors="replace")
 
 
+WORD = re.compile(r"\s*\S+|\s+")  # a word with the space before it
+
+
 def _replace(ids, pair, new):
+    """The sequence with every occurrence of the pair replaced by one id."""
     out, i = [], 0
     while i < len(ids):
         if ids[i : i + 2] == pair:
@@ -137,7 +155,7 @@ class Shape:
     size: str = ""
     x: float = 0.5
     y: float = 0.5
-    width: float = 0.345
+    width: float = 0.375
     place: str = ""
 
     def __str__(self):
@@ -262,10 +280,10 @@ class Scenes:
         else:
             relation = ""
             cells = rng.permutation(self.cells**2)[: len(pairs)]
-            jitter = rng.uniform(-1, 1, (len(pairs), 2)) * (0.045 if self.cells == 2 else 0.02)
+            jitter = rng.uniform(-1, 1, (len(pairs), 2)) * (0.03 if self.cells == 2 else 0.02)
             centres = [(np.array([c % self.cells, c // self.cells]) + 0.5) / self.cells + j for c, j in zip(cells, jitter)]
             places = [PLACES[self.cells][c] for c in cells]
-        unit = 0.345 if self.cells == 2 or not self.cells else 0.25
+        unit = 0.375 if self.cells == 2 or not self.cells else 0.25
         width = {"": unit, "small": 0.16, "large": 0.26}
         shapes = [Shape(colour, kind, size, float(c[0]), float(c[1]), width[size], place)
                   for (colour, kind), size, c, place in zip(pairs, sizes, centres, places)]  # fmt: skip

@@ -1,0 +1,124 @@
+"""What several test files share: the tiny model whose latents are the pixels themselves, and the scripts run as a user would."""
+
+import contextlib
+import io
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py, and before torch is imported: waiting threads give way to other programs
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = Path(__file__).parent / "fixtures"
+sys.path.insert(0, str(ROOT))
+
+from data import DataConfig, Picture, Tokenizer  # noqa: E402
+from diffusion import DDPM, DiffusionConfig  # noqa: E402
+from model import Transfusion, TransfusionConfig  # noqa: E402
+from sample import Trained  # noqa: E402
+from train import Config  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", 'slow: takes longer than all the others together; skip with -m "not slow"')
+
+
+# ---- A tiny model ---------------------------------------------------------------------------------------------------
+
+SIDE = 8  # of the tiny model's pictures, which are its latents: 16 patches of 2 x 2 x 3
+
+
+class PixelVAE:
+    """Stands in for the VAE where it plays no part: a picture's latents are its pixels. Remembers what it decoded."""
+
+    def __init__(self):
+        self.decoded = []
+
+    def encode(self, pixels, noise=None):
+        return pixels
+
+    def decode(self, latents):
+        self.decoded += list(latents)
+        return latents.clamp(-1, 1)
+
+
+def tiny_model(seed=0, scale=1.0, side=SIDE, vocab_size=Tokenizer().vocab_size, **more):
+    """A small Transfusion with random weights. scale: multiplies them; at 1 a fresh model is close to constant."""
+    torch.manual_seed(seed)
+    sizes = dict(dim=32, n_layers=2, n_heads=2, mlp_multiple=32, vocab_size=vocab_size, latent_channels=3, latent_size=side)
+    model = Transfusion(TransfusionConfig(**sizes | more)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.mul_(scale)
+    return model
+
+
+def tiny_trained(model, tokenizer=None, prediction="v", seq_len=160, **more):
+    """A model as sample.generate takes it, with a PixelVAE."""
+    config = Config(data=DataConfig(image_size=model.config.latent_size, seq_len=seq_len), diffusion=DiffusionConfig(prediction=prediction),
+                    model=model.config, **{"steps": 3, "guidance_scale": 1.0} | more)  # fmt: skip
+    return Trained(model, PixelVAE(), DDPM(prediction=prediction), tokenizer or Tokenizer(), asdict(config))
+
+
+def picture(seed, side=SIDE, max_t=1000):
+    """A document's picture of random pixels."""
+    pixels = torch.randint(256, (side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).numpy()
+    return Picture(lambda: pixels, max_t)
+
+
+# ---- The scripts, as a user runs them -------------------------------------------------------------------------------
+
+
+def run_here(script, *args):
+    """`python script args` inside this process, which has torch already -> (exit code, stdout, stderr). Any exception but
+    SystemExit goes through: a user would see its traceback."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    code = 0
+    sys.argv = [script, *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+        if isinstance(code, str):  # sys.exit("sentence") prints it and exits with 1
+            code, _ = 1, err.write(code + "\n")
+    finally:
+        sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
+
+
+def run_script(script, *args, cwd):
+    """`python script args` in a process of its own -> (exit code, stdout, stderr)."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+TINY = dict(config="small", dim=32, n_layers=1, n_heads=2, rows=2, merges=64, eval_documents=8, judged=2, steps=2, max_steps=4,
+            vae_channels=8, vae_steps=3, vae_batch=4)  # fmt: skip
+
+
+def flags(**values):
+    """Options as the command line takes them."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """`train.py --config small`, cut to a few steps, in a process of its own -> (folder, exit code, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("small")
+    found = run_script("train.py", *flags(config="small", max_steps=4, vae_steps=4, judged=4, eval_documents=8, steps=2), cwd=folder)
+    return folder, *found
+
+
+@pytest.fixture(scope="session")
+def trained_vae(small_run):
+    """The (bad) VAE of that run, to save other tests from training one."""
+    return small_run[0] / "out/small/vae.pt"

@@ -1,0 +1,431 @@
+"""data.py: tokens, scenes, folders, documents, packing, and the batch with its targets."""
+
+import copy
+import itertools
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture, run_here, tiny_model
+from PIL import Image
+
+from data import (COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, DataConfig, Documents, Folder, Picture, Scenes, Stream, Tokenizer, collate, fit_image,
+                  held_out_combination, length, load_image, open_pairs, to_pixels)  # fmt: skip
+from diffusion import DDPM
+from train import losses
+
+# ---- Text -----------------------------------------------------------------------------------------------------------
+
+ODD = ["", " ", "a", "a red circle", "  two  spaces ", "\t\n\r\n tabs\x00\x1f", "naïve café Łódź", "日本語 テキスト", "🎨👩‍👩‍👧 🇵🇱",
+       "\u3000wide\u00a0space\u2028", "\ufeffé\u0301"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learned():
+    scenes = Scenes()
+    return Tokenizer.learn([scenes.example(i).caption for i in range(1000)], 512)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_any_text_comes_back(merged, learned):
+    tokenizer = learned if merged else Tokenizer()
+    rng = random.Random(0)
+    wild = ["".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(40)) for _ in range(50)]
+    for text in ODD + wild:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= i < len(tokenizer.pieces) for i in ids)  # no special tokens, whatever the text says
+
+
+def test_words_that_were_never_seen_fall_back_to_bytes(learned):
+    assert learned.encode("zzyzx") == list(b"zzyzx") == Tokenizer().encode("zzyzx")
+
+
+def test_learned_words_are_single_tokens(learned):
+    words = [*COLOURS, *GRAMMARS["places"][0], "at", "the", "and", "top", "bottom", "left", "right"]
+    assert {word: len(learned.encode(" " + word)) for word in words} == dict.fromkeys(words, 1)
+    caption = "a red circle at the top left and a blue square at the bottom right"
+    assert len(learned.encode(caption)) <= len(caption.split())
+
+
+def test_no_token_binds_what_must_vary_freely(learned):
+    """A token `red circle` would share nothing with a red square."""
+    words = [set(piece.decode(errors="replace").split()) for piece in learned.pieces]
+    free = [set(COLOURS), set(GRAMMARS["places"][0]), {"top", "bottom"}, {"left", "right"}]
+    assert all(sum(bool(found & names) for names in free) <= 1 for found in words)
+
+
+def test_special_tokens_follow_the_pieces_and_decode_to_nothing(learned):
+    special = [learned.bos, learned.eos, learned.boi, learned.eoi, learned.pad]
+    assert sorted(special) == list(range(len(learned.pieces), learned.vocab_size))
+    assert learned.decode([learned.bos, *learned.encode("a b"), learned.boi, learned.eoi, learned.eos]) == "a b"
+
+
+def test_broken_utf8_decodes_without_an_error():
+    assert Tokenizer().decode(list("é".encode())[:1]) == "\ufffd"
+
+
+def test_tokenizer_is_restored_from_its_merges(learned):
+    again = Tokenizer([list(pair) for pair in learned.merges])  # as a checkpoint may hold them
+    assert again.vocab_size == learned.vocab_size and again.pieces == learned.pieces
+    assert again.encode("a red circle, zzyzx") == learned.encode("a red circle, zzyzx")
+
+
+def test_learning_is_repeatable_and_limited():
+    texts = ["low lower lowest", "new newer newest"] * 3
+    assert Tokenizer.learn(texts, 7).merges == Tokenizer.learn(list(reversed(texts)), 7).merges
+    assert len(Tokenizer.learn(texts, 7).merges) == 7 and Tokenizer.learn(texts, 0).vocab_size == 261
+    assert Tokenizer.learn([], 10).merges == []
+
+
+# ---- Scenes ---------------------------------------------------------------------------------------------------------
+
+ALL = [(grammar, split) for grammar in GRAMMARS for split in Scenes.SPLITS]
+
+
+def pairs_of(scene):
+    return [(shape.colour, shape.kind) for shape in scene.shapes]
+
+
+@pytest.mark.parametrize("grammar, split", ALL)
+def test_example_is_a_function_of_seed_and_index(grammar, split):
+    a, b = (Scenes(grammar, 64, split, seed=3) for _ in range(2))
+    backwards = {i: b.example(i) for i in reversed(range(20))}
+    assert [a.example(i) for i in range(20)] == [backwards[i] for i in range(20)]
+    assert np.array_equal(a.example(5).render(), b.example(5).render())
+    assert [a.example(i) for i in range(20)] != [Scenes(grammar, 64, split, seed=4).example(i) for i in range(20)]
+    assert len({a.example(i) for i in range(20)}) == 20
+
+
+@pytest.mark.parametrize("grammar, split", ALL)
+def test_splits_hold_what_they_say(grammar, split):
+    scenes = Scenes(grammar, 64, split)
+    for i in range(600):
+        pairs = pairs_of(scenes.example(i))
+        never_seen = any(pair in NEVER_SEEN for pair in pairs)
+        held_out = any(held_out_combination(*combination) for combination in itertools.combinations(pairs, 2))
+        assert never_seen == (split == "never_seen")
+        if split != "never_seen":
+            assert held_out == (split == "held_out")
+
+
+def test_training_shows_every_colour_and_every_shape():
+    """A never-seen pair is new as a pair only."""
+    for grammar in GRAMMARS:
+        scenes = Scenes(grammar)
+        shown = {pair for i in range(600) for pair in pairs_of(scenes.example(i))}
+        assert {colour for colour, _ in shown} == set(COLOURS) and {kind for _, kind in shown} == set(GRAMMARS[grammar][0])
+        assert shown == set(itertools.product(COLOURS, GRAMMARS[grammar][0])) - NEVER_SEEN
+    assert len(COLOURS) >= 6 and all(len(grammar[0]) >= 4 for grammar in GRAMMARS.values())
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_about_15_percent_of_combinations_are_held_out(grammar):
+    pairs = set(itertools.product(COLOURS, GRAMMARS[grammar][0])) - NEVER_SEEN
+    held_out = [held_out_combination(a, b) for a, b in itertools.combinations_with_replacement(sorted(pairs), 2)]
+    assert abs(np.mean(held_out) - 0.15) < 3 * (0.15 * 0.85 / len(held_out)) ** 0.5
+    assert all(held_out_combination(a, b) == held_out_combination(b, a) for a, b in itertools.combinations(pairs, 2))
+
+
+@pytest.mark.parametrize("grammar, image_size", [("places", 32), ("relations", 32), ("rich", 64), ("rich", 256)])
+def test_pictures_are_whole_and_objects_lie_apart(grammar, image_size):
+    """Nothing leaves the picture, and no object touches another: the judge relies on it."""
+    scenes = Scenes(grammar, image_size)
+    for i in range(150):
+        scene = scenes.example(i)
+        assert scene.render().shape == (image_size, image_size, 3) and scene.render().dtype == np.uint8
+        for shape in scene.shapes:
+            assert shape.width / 2 < shape.x < 1 - shape.width / 2 and shape.width / 2 < shape.y < 1 - shape.width / 2
+        for a, b in itertools.combinations(scene.shapes, 2):
+            assert max(abs(a.x - b.x), abs(a.y - b.y)) > (a.width + b.width) / 2
+
+
+def test_captions():
+    scene = Scenes("places", 32).example(0)
+    two = [replace(scene.shapes[0], colour=c, kind=k, place=p) for c, k, p in (("red", "circle", "top left"), ("blue", "square", "bottom right"))]
+    assert replace(scene, shapes=tuple(two)).caption == "a red circle at the top left and a blue square at the bottom right"
+    assert replace(scene, shapes=tuple(two[:1])).caption == "a red circle at the top left"
+    bare = tuple(replace(shape, place="", size="small") for shape in two)
+    assert replace(scene, shapes=bare, relation="left of", tell_background=True, background="black").caption == (
+        "a small red circle left of a small blue square on a black background")  # fmt: skip
+    assert replace(scene, shapes=(two[0], two[1], two[0])).caption.count(", ") == 1
+
+
+# ---- Folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(40):
+        Image.new("RGB", (20 + i, 30), (i, 0, 0)).save(tmp_path / f"{i:02d}.png")
+        (tmp_path / f"{i:02d}.txt").write_text(f"picture {i}\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_folder_splits_shuffles_and_repeats(folder):
+    train, held_out = Folder(folder, 16), Folder(folder, 16, "held_out")
+    n = len(train.pictures)
+    epochs = [[train.pair(i)[0] for i in range(e * n, (e + 1) * n)] for e in range(2)]
+    assert set(epochs[0]) == set(epochs[1]) and len(set(epochs[0])) == n and epochs[0] != epochs[1]
+    others = {held_out.pair(i)[0] for i in range(len(held_out.pictures))}
+    assert 1 <= len(others) <= 12 and others | set(epochs[0]) == {f"picture {i}" for i in range(40)} and not others & set(epochs[0])
+    for i in (0, n + 3):
+        caption, load = Folder(folder, 16).pair(i)
+        assert caption == train.pair(i)[0] and caption == f"picture {load()[0, 0, 0]}" and load().shape == (16, 16, 3)
+
+
+def test_open_pairs_takes_the_folder_for_the_scenes(folder):
+    assert isinstance(open_pairs(DataConfig(data=str(folder), image_size=16)), Folder)
+    assert isinstance(open_pairs(DataConfig(image_size=32), "never_seen"), Scenes)
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda f: (f / "03.txt").unlink(), "03.png: has no caption"),
+    (lambda f: (f / "03.txt").write_text("  \n"), "03.txt: is empty"),
+    (lambda f: (f / "03.txt").write_bytes(b"\xff\xfe\x00"), "03.txt: is not UTF-8"),
+    (lambda f: [p.unlink() for p in f.glob("*.png")], "no pictures here"),
+])  # fmt: skip
+def test_broken_folder_is_refused_by_name(folder, break_it, message):
+    break_it(folder)
+    with pytest.raises(ValueError, match=message):
+        [Folder(folder, 16, split) for split in Folder.SPLITS]
+
+
+def test_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no pictures here"):
+        Folder(tmp_path / "absent", 16)
+
+
+def test_a_folder_too_small_to_split_is_refused_or_split(tmp_path):
+    """One picture cannot serve both training and held-out scores; two can."""
+    for name in "ab":
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert {split: len(Folder(tmp_path, 8, split).pictures) for split in ("train", "held_out")} == {"train": 1, "held_out": 1}
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ValueError):
+        Folder(tmp_path, 8, "held_out").pair(0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "RGBA", "LA", "I;16"])
+def test_every_kind_of_picture_loads(mode, tmp_path):
+    """A half grey picture, cut to its central square."""
+    grey = Image.new("L", (40, 20), 255)
+    grey.paste(0, (0, 0, 20, 20))  # left half black
+    image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert("RGB").convert(mode)
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    image.save(path)
+    pixels = load_image(path, 20)
+    assert pixels.shape == (20, 20, 3) and pixels.dtype == np.uint8
+    assert (pixels[:, :8] < 20).all() and (pixels[:, 12:] > 235).all()
+
+
+def test_16_bit_greys_keep_their_shade(tmp_path):
+    Image.fromarray(np.full((20, 20), 0x4000, np.uint16)).save(tmp_path / "x.png")
+    assert abs(int(load_image(tmp_path / "x.png", 20)[10, 10, 0]) - 0x40) <= 1
+
+
+def test_transparency_is_laid_on_white_and_exif_is_turned_upright(tmp_path):
+    assert (fit_image(Image.new("RGBA", (9, 9), (0, 0, 0, 0)), 8) == 255).all()
+    image = Image.new("RGB", (20, 20))
+    image.paste((255, 0, 0), (0, 0, 20, 10))  # red above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # to be turned by 180 degrees
+    image.save(tmp_path / "x.png", exif=exif)
+    pixels = load_image(tmp_path / "x.png", 20)
+    assert pixels[15, 10, 0] > 200 and pixels[5, 10, 0] < 50
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + bytes(50)])
+def test_what_is_no_picture_is_refused_by_name(content, tmp_path):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match="x.png: cannot be read as an image"):
+        load_image(tmp_path / "x.png", 16)
+
+
+def test_truncated_missing_and_folder_pictures_are_refused_by_name(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "x.png")
+    (tmp_path / "y.png").write_bytes((tmp_path / "x.png").read_bytes()[:4000])
+    for path, message in ((tmp_path / "y.png", "y.png: cannot be read"), (tmp_path / "z.png", "z.png: no such file"), (tmp_path, "cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            load_image(path, 16)
+
+
+def test_to_pixels():
+    pixels = to_pixels(np.array([[[[0, 255, 51]]]], np.uint8))
+    assert pixels.shape == (1, 3, 1, 1) and pixels.flatten().tolist() == pytest.approx([-1.0, 1.0, -0.6])
+
+
+@pytest.mark.parametrize("wrong, message", [(dict(caption_first=1.2), "between 0 and 1"), (dict(grammar="haiku"), "places, relations, rich")])
+def test_impossible_configuration_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**wrong)
+
+
+# ---- Documents ------------------------------------------------------------------------------------------------------
+
+
+class Alphabet:
+    """A source of pairs: captions of 1 to 26 letters, pictures whose first pixel is the index."""
+
+    def pair(self, index):
+        return "abcdefghijklmnopqrstuvwxyz"[: 1 + index * 7 % 26], lambda: np.full((8, 8, 3), index % 256, np.uint8)
+
+
+def documents(seed=0, timesteps=1000, **config):
+    return Documents(Alphabet(), Tokenizer(), DataConfig(image_size=8, seq_len=64, **config), timesteps, seed)
+
+
+def test_both_orders_and_their_noise_limits():
+    document, text = documents(), [Tokenizer().encode(Alphabet().pair(i)[0]) for i in range(4000)]
+    seen = {"caption first": 0, "dropped": 0, "image first": 0}
+    for i in range(4000):
+        first, second = document(i)
+        if isinstance(first, Picture):
+            seen["image first"] += 1
+            assert first.max_t == 500 and second == text[i]
+        else:
+            seen["dropped" if first == [] else "caption first"] += 1
+            assert second.max_t == 1000 and first in ([], text[i])
+    for kind, share in {"caption first": 0.72, "dropped": 0.08, "image first": 0.2}.items():
+        assert abs(seen[kind] / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5, (kind, seen)
+
+
+def test_documents_are_a_function_of_seed_and_index():
+    order = lambda document: [isinstance(document(i)[0], Picture) for i in range(50)]
+    assert order(documents()) == order(documents()) != order(documents(seed=1))
+
+
+def test_noise_limits_follow_the_configuration():
+    assert documents(caption_first=0.0, image_first_max_t=1000)(0)[0].max_t == 1000
+    assert documents(caption_first=0.0, timesteps=200)(0)[0].max_t == 200
+    assert documents(caption_first=1.0, drop_caption=0.0, timesteps=200)(0)[1].max_t == 200
+
+
+# ---- Packing --------------------------------------------------------------------------------------------------------
+
+
+def test_scenes_fill_at_least_95_percent(learned):
+    stream = Stream(Documents(Scenes(), learned, DataConfig(image_size=32, seq_len=128)), 128, rows=8, n_patches=16)
+    rows = [row for _ in range(40) for row in next(stream)]
+    used = [sum(length(document, 16) for document in row) for row in rows]
+    assert max(used) <= 128 and np.mean(used) / 128 >= 0.95
+
+
+def spell(rows):
+    """Rows of documents as something comparable."""
+    return [[[("picture", s.load()[0, 0, 0], s.max_t) if isinstance(s, Picture) else tuple(s) for s in document] for document in row] for row in rows]
+
+
+def test_stream_goes_on_from_its_state():
+    stream = Stream(documents(), 64, rows=2, n_patches=16)
+    for _ in range(7):
+        next(stream)
+    state = copy.deepcopy(stream.state)
+    expected = [spell(next(stream)) for _ in range(10)]
+    again = Stream(documents(), 64, rows=2, n_patches=16)
+    again.state = state
+    assert [spell(next(again)) for _ in range(10)] == expected
+
+
+def test_stream_uses_every_document_once_and_none_waits_for_ever():
+    stream = Stream(documents(), 64, rows=2, n_patches=16)
+    rows = [row for _ in range(40) for row in next(stream)]
+    seen = [s.load()[0, 0, 0] for row in rows for document in row for s in document if isinstance(s, Picture)]
+    assert len(seen) == len(set(seen)) < 256  # the pictures' colours, which stand for their indices, have not begun again
+    assert set(range(max(seen) - 2 * Stream.LOOK_AHEAD)) <= set(seen)
+
+
+def test_document_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="seq_len is 20"):
+        next(Stream(documents(), 20, rows=1, n_patches=16))
+
+
+# ---- The batch ------------------------------------------------------------------------------------------------------
+
+BYTES = Tokenizer()
+BOS, EOS, BOI, EOI, PAD, NONE = BYTES.bos, BYTES.eos, BYTES.boi, BYTES.eoi, BYTES.pad, NO_LOSS
+A, B, C = b"abc"
+
+
+def pic(max_t=1000):
+    return Picture(lambda: np.zeros((8, 8, 3), np.uint8), max_t)
+
+
+@pytest.mark.parametrize("document, tokens, targets", [
+    pytest.param([[A, B], pic()], [BOS, A, B, BOI, PAD, PAD, EOI], [A, B, BOI, NONE, NONE, NONE, EOS], id="caption first"),
+    pytest.param([pic(), [A, B]], [BOS, BOI, PAD, PAD, EOI, A, B], [BOI, NONE, NONE, NONE, A, B, EOS], id="image first"),
+    pytest.param([[], pic()], [BOS, BOI, PAD, PAD, EOI], [BOI, NONE, NONE, NONE, EOS], id="caption dropped"),
+    pytest.param([pic(0), [A], pic(), [B]], [BOS, BOI, PAD, PAD, EOI, A, BOI, PAD, PAD, EOI, B],
+                 [BOI, NONE, NONE, NONE, A, BOI, NONE, NONE, NONE, B, EOS], id="edit: two images"),
+    pytest.param([pic(), pic()], [BOS, BOI, PAD, PAD, EOI, BOI, PAD, PAD, EOI], [BOI, NONE, NONE, NONE, BOI, NONE, NONE, NONE, EOS], id="images alone"),
+    pytest.param([[A, B, C]], [BOS, A, B, C], [A, B, C, EOS], id="text alone"),
+])  # fmt: skip
+def test_targets_written_out(document, tokens, targets):
+    """No loss where the input is <BOI> or a patch; <BOI> is a target; <EOI> as input predicts what follows; <EOS> ends."""
+    n = length(document, 2)
+    assert n == len(tokens)
+    batch = collate([[document]], BYTES, n + 2, 2)
+    assert batch.tokens[0].tolist() == tokens + [PAD, PAD]
+    assert batch.targets[0].tolist() == targets + [NONE, NONE]
+    assert batch.positions[0, :n].tolist() == list(range(n))
+    assert batch.doc_id[0].tolist() == [0] * n + [-1, -1]
+    assert EOI not in batch.targets and PAD not in batch.targets and BOS not in batch.targets
+    assert batch.max_t.tolist() == [segment.max_t for segment in document if isinstance(segment, Picture)]
+
+
+def test_packed_batch_written_out():
+    batch = collate([[[[A], pic(7)], [[B]]], [[pic(8), [C]]], []], BYTES, 9, 2)
+    assert batch.tokens.tolist() == [[BOS, A, BOI, PAD, PAD, EOI, BOS, B, PAD], [BOS, BOI, PAD, PAD, EOI, C, PAD, PAD, PAD], [PAD] * 9]
+    assert batch.targets.tolist() == [[A, BOI, NONE, NONE, NONE, EOS, B, EOS, NONE], [BOI, NONE, NONE, NONE, C, EOS] + [NONE] * 3, [NONE] * 9]
+    assert batch.image_id.tolist() == [[-1, -1, -1, 0, 0, -1, -1, -1, -1], [-1, -1, 1, 1] + [-1] * 5, [-1] * 9]
+    assert batch.doc_id.tolist() == [[0] * 6 + [1, 1, -1], [0] * 6 + [-1] * 3, [-1] * 9]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 0], [0, 1, 2, 3, 4, 5, 0, 0, 0], [0] * 9]
+    assert batch.max_t.tolist() == [7, 8] and batch.images.shape == (2, 3, 8, 8)
+
+
+def test_batch_without_images():
+    batch = collate([[[[A]]]], BYTES, 4, 2)
+    assert len(batch.images) == len(batch.max_t) == 0 and batch.max_t.dtype == torch.int64
+
+
+def test_a_batch_moves_as_a_whole():
+    batch = collate([[[[A], pic()]]], BYTES, 8, 2).to("meta")
+    assert all(value.device.type == "meta" for value in vars(batch).values())
+
+
+def test_packed_losses_and_gradients_equal_unpacked():
+    """Three documents in one row, or each in a row of its own: the same text loss, diffusion losses and gradients."""
+    text = lambda s: BYTES.encode(s)
+    three = [[text("a red dot"), picture(1)], [picture(2, max_t=500), text("blue"), picture(3)], [text("no picture here")]]
+    model, ddpm = tiny_model(scale=4.0), DDPM(prediction="v")
+    eps, t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([900, 300, 20])
+    found = []
+    for rows in ([three], [[document] for document in three]):
+        batch = collate(rows, BYTES, 96, 16)
+        assert batch.max_t.tolist() == [1000, 500, 1000]
+        model.zero_grad()
+        lm, per_image = losses(model, ddpm, batch, batch.images, t, eps)
+        (lm / 100 + 5 * per_image.mean()).backward()
+        found.append((lm.detach(), per_image.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-5)
+    assert all(grad.abs().max() > 0 for grad in found[0][2].values())
+
+
+def test_losses_count_each_target_once():
+    """A model that knows nothing pays log(vocabulary) at every target, and at nothing else."""
+    model = tiny_model()
+    torch.nn.init.zeros_(model.head.weight)
+    batch = collate([[[[A, B], pic()]], [[pic(), [C]]]], BYTES, 30, 16)
+    lm, per_image = losses(model, DDPM(), batch, batch.images, torch.tensor([1, 2]), torch.randn(2, 3, 8, 8))
+    assert lm.item() == pytest.approx((4 + 3) * np.log(BYTES.vocab_size), rel=1e-5)
+    assert per_image.shape == (2,)
+
+
+def test_script_shows_a_batch():
+    code, out, _ = run_here("data.py")
+    assert code == 0 and "<BOI>" in out and "held_out" in out

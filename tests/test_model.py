@@ -1,0 +1,174 @@
+"""model.py: patches, RoPE, the Llama block against transformers' values, sizes, and what enters and leaves."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, run_here, tiny_model
+
+from attention_mask import transfusion_mask
+from model import SIZES, KVCache, Transfusion, TransfusionConfig, patchify, rope_table, rotate, unpatchify
+
+
+@pytest.mark.parametrize("channels, side, patch_size", [(8, 8, 2), (3, 6, 3), (4, 4, 1), (5, 8, 8)])
+def test_unpatchify_is_the_inverse(channels, side, patch_size):
+    x = torch.randn(3, channels, side, side)
+    patches = patchify(x, patch_size)
+    assert patches.shape == (3, (side // patch_size) ** 2, patch_size**2 * channels)
+    assert torch.equal(unpatchify(patches, patch_size, side), x)
+
+
+def test_patches_run_row_by_row():
+    """Patch number 1 is to the right of number 0, and each holds exactly its own window."""
+    x = torch.arange(4 * 6.0).view(1, 1, 4, 6)
+    patches = patchify(x, 2)[0]
+    for n, (row, column) in enumerate([(0, 0), (0, 2), (0, 4), (2, 0), (2, 2), (2, 4)]):
+        assert torch.equal(patches[n], x[0, 0, row : row + 2, column : column + 2].flatten())
+
+
+def rope_scores(q_positions, k_positions, head_dim=16):
+    q, k = torch.randn(2, 1, 2, 5, head_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q = rotate(q, rope_table(q_positions[None], head_dim, 10000.0))
+    k = rotate(k, rope_table(k_positions[None], head_dim, 10000.0))
+    return q @ k.transpose(-1, -2)
+
+
+def test_rope_is_relative():
+    positions = torch.tensor([0, 1, 5, 30, 31])
+    scores = rope_scores(positions, positions)
+    torch.testing.assert_close(rope_scores(positions + 100, positions + 100), scores, rtol=0, atol=1e-4)  # angles are float32
+    assert (rope_scores(positions + 1, positions) - scores).abs().max() > 0.1
+
+
+def test_rope_keeps_lengths_and_leaves_position_0():
+    x = torch.randn(1, 2, 4, 8)
+    turned = rotate(x, rope_table(torch.tensor([[0, 1, 2, 3]]), 8, 10000.0))
+    assert torch.equal(turned[:, :, 0], x[:, :, 0]) and not torch.allclose(turned[:, :, 1], x[:, :, 1])
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_a_document_does_not_depend_on_where_it_starts():
+    model = tiny_model(scale=8.0)
+    tokens, image_id = torch.arange(10)[None], torch.full((1, 10), -1)
+    nothing = torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.long)
+    run = lambda positions: model(tokens, image_id, positions, transfusion_mask(image_id), *nothing)[0]
+    torch.testing.assert_close(run(torch.arange(10)[None]), run(torch.arange(50, 60)[None]), rtol=0, atol=1e-3)
+    assert not torch.allclose(run(torch.arange(10)[None]), run(3 * torch.arange(10)[None]), rtol=0, atol=1e-1)
+
+
+def test_text_logits_equal_transformers_llama():
+    """The trunk is Llama: same weights, same logits (values made by make_fixtures.py)."""
+    llama = {name: torch.from_numpy(value) for name, value in np.load(FIXTURES / "llama.npz").items()}
+    model = Transfusion(TransfusionConfig(dim=16, n_layers=2, n_heads=2, mlp_multiple=16, vocab_size=32, latent_channels=3, latent_size=4))
+    weights = {"embedding.weight": llama["model.embed_tokens.weight"], "norm.weight": llama["model.norm.weight"], "head.weight": llama["lm_head.weight"]}
+    for n in range(2):
+        there, here = lambda name: llama[f"model.layers.{n}.{name}.weight"], f"blocks.{n}."
+        weights[here + "attention_norm.weight"] = there("input_layernorm")
+        weights[here + "attention.qkv.weight"] = torch.cat([there(f"self_attn.{p}_proj") for p in "qkv"])
+        weights[here + "attention.out.weight"] = there("self_attn.o_proj")
+        weights[here + "mlp_norm.weight"] = there("post_attention_layernorm")
+        weights[here + "mlp.gate_up.weight"] = torch.cat([there("mlp.gate_proj"), there("mlp.up_proj")])
+        weights[here + "mlp.down.weight"] = there("mlp.down_proj")
+    missing, unexpected = model.load_state_dict({name: w.float() for name, w in weights.items()}, strict=False)
+    assert not unexpected and all(name.startswith("patches.") for name in missing)
+
+    tokens = llama["tokens"]
+    image_id, positions = torch.full_like(tokens, -1), torch.arange(tokens.shape[1]).expand_as(tokens)
+    logits, prediction = model(tokens, image_id, positions, transfusion_mask(image_id), torch.zeros(0, 3, 4, 4), torch.zeros(0, dtype=torch.long))
+    torch.testing.assert_close(logits, llama["logits"], rtol=0, atol=1e-4)
+    assert prediction.shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize("name, billions", [("0.16b", 0.162), ("0.37b", 0.374), ("0.76b", 0.778), ("1.4b", 1.364), ("7b", 6.74)])
+def test_parameters_of_the_papers_sizes(name, billions):
+    with torch.device("meta"):  # shapes without storage
+        model = Transfusion(TransfusionConfig(**SIZES[name]))
+    assert model.config.vocab_size == 32000 and model.config.n_patches == 256
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.002 if billions < 5 else 0.005)
+
+
+def test_llama_has_no_biases_and_an_untied_head():
+    model = tiny_model()
+    assert not [name for name, _ in model.named_parameters() if "bias" in name and not name.startswith("patches.")]
+    assert model.head.weight is not model.embedding.weight
+
+
+def test_images_go_to_their_places_and_come_back_in_order():
+    """Of a batch whose rows hold 2, 0 and 1 images, each prediction is that of its own image, in reading order."""
+    model = tiny_model(scale=8.0, side=4)
+    x_t, t = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 400, 900])
+    image_id = torch.full((3, 14), -1)
+    image_id[0, 2:6], image_id[0, 8:12], image_id[2, 1:5] = 0, 1, 2
+    positions = torch.arange(14).expand(3, -1)
+    inputs = [torch.full_like(image_id, 7), image_id, positions, transfusion_mask(image_id)]
+    with torch.no_grad():
+        logits, prediction = model(*inputs, x_t, t)
+        assert logits.shape == (3, 14, model.config.vocab_size) and prediction.shape == (3, 3, 4, 4)
+        for n, row in enumerate([0, 0, 2]):
+            shown = [0, 1] if row == 0 else [2]
+            alone = model(*(i[row : row + 1] for i in inputs), x_t[shown], t[shown])[1]
+            torch.testing.assert_close(prediction[n], alone[shown.index(n)], rtol=1e-4, atol=1e-5)
+
+
+def test_timestep_reaches_every_patch_and_only_its_image():
+    """Added to the patch vectors before the linear layer (footnote 6)."""
+    patches = tiny_model(scale=8.0).patches
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        a, b = patches.encode(x, torch.tensor([100, 100])), patches.encode(x, torch.tensor([100, 101]))
+    assert torch.equal(a[0], b[0]) and ((a[1] - b[1]).abs().amax(-1) > 1e-4).all()
+    same = (a[1] - b[1]) - (a[1] - b[1])[0]  # the same vector at every patch
+    assert same.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_cache_equals_the_whole_sequence(qk_norm):
+    """Rows of different lengths, decoded a piece at a time, rows and pieces in any order."""
+    model, n = tiny_model(scale=8.0, qk_norm=qk_norm), 9
+    tokens = torch.randint(200, (3, n), generator=torch.Generator().manual_seed(0))
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    with torch.no_grad():
+        h = model.embedding(tokens)
+        whole = model.trunk(h, torch.arange(n).expand(3, -1), causal)
+        cache, found = KVCache(model.config, rows=3, length=12), torch.zeros_like(whole)
+        for rows, starts, size in [([0, 1, 2], [0, 0, 0], 3), ([2], [3], 4), ([0, 2], [3, 7], 2), ([1], [3], 6), ([0], [5], 4)]:
+            positions = torch.tensor(starts)[:, None] + torch.arange(size)
+            visible = int(positions.max()) + 1
+            mask = torch.arange(visible) <= positions[:, None, :, None]
+            index = torch.tensor(rows)[:, None], positions
+            found[index] = model.trunk(h[index], positions, mask, cache.at(torch.tensor(rows), positions, visible))
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_writing_a_cache_slot_again_replaces_it():
+    model = tiny_model(scale=8.0)
+    first, second = torch.randn(2, 1, 4, 32, generator=torch.Generator().manual_seed(0))
+    run = lambda h, cache: model.trunk(h, torch.arange(4)[None], None, cache.at(torch.tensor([0]), torch.arange(4)[None], 4))
+    with torch.no_grad():
+        used, fresh = (KVCache(model.config, rows=1, length=4) for _ in range(2))
+        run(first, used)
+        assert torch.equal(run(second, used), run(second, fresh))
+
+
+@pytest.mark.parametrize("wrong, message", [(dict(dim=100, n_heads=3), "multiple of 6"), (dict(patch_size=3), "must divide")])
+def test_impossible_sizes_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        TransfusionConfig(**wrong)
+
+
+def test_bfloat16_on_cpu_stays_close():
+    """Training runs the matrix products in bfloat16; norms, RoPE and (on CPU) attention stay in float32."""
+    model = tiny_model(scale=4.0)
+    image_id = torch.full((1, 20), -1)
+    image_id[0, 2:18] = 0
+    inputs = torch.arange(20)[None], image_id, torch.arange(20)[None], transfusion_mask(image_id), torch.randn(1, 3, 8, 8), torch.tensor([300])
+    with torch.no_grad():
+        exact = model(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(*inputs)
+    for a, b in zip(exact, rough):
+        assert (a - b).norm() / a.norm() < 0.05
+
+
+def test_script_prints_the_sizes():
+    code, out, _ = run_here("model.py")
+    assert code == 0 and all(size in out for size in SIZES)

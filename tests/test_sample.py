@@ -1,0 +1,284 @@
+"""sample.py: the cached, batched engine against plain recomputation, its rules, and what people see."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIDE, picture, tiny_model, tiny_trained
+from PIL import Image
+
+import sample
+from attention_mask import transfusion_mask
+from data import Tokenizer, collate
+from diffusion import DDPM
+from sample import contact_sheet, generate, newest_checkpoint
+from train import losses
+
+T = Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """A model with large random weights that writes a few letters, and now and then draws or stops.
+
+    Component 0 of every embedding is held at a constant, so that column 0 of the head acts as a bias on each token.
+    """
+    model = tiny_model(scale=8.0)
+    with torch.no_grad():
+        model.embedding.weight[:, 0] = model.patches.encoder.bias[0] = 6.0
+        model.head.weight.mul_(0.4)
+        model.head.weight[:, 0] = -6.0
+        model.head.weight[list(b"abcdefgh"), 0] = 1.0
+        model.head.weight[[T.boi, T.eos], 0] = torch.tensor([1.2, 0.4])
+    return model
+
+
+def image(seed):
+    return Image.fromarray(picture(seed).load())
+
+
+@torch.no_grad()
+def recompute(trained, document, seed, *, draw=True, steps=3, sampler="ddpm", eta=0.0, guidance_scale=1.0, temperature=1.0, max_tokens=20, max_images=2):
+    """What generate says it does, for one document, the slow way: the whole sequence through `model.forward` at every step, no
+    cache, no batch -> (new ids, new latents, in order)."""
+    model, ddpm, generator = trained.model, trained.ddpm, torch.Generator().manual_seed(seed)
+    n, new, images = model.config.n_patches, [], []
+    ids, owner = [T.bos], [-1]  # of every position: its token and its image
+
+    def add_image(latents):
+        ids.extend([T.pad] * n)
+        owner.extend([len(images)] * n)
+        images.append(latents)
+
+    def forward(ids, owner, images, t):
+        """Logits (S, vocab) and predictions (images, ...); all images but the last are clean."""
+        x = torch.stack(images) if images else torch.zeros(0, 3, SIDE, SIDE)
+        times = torch.tensor([0] * (len(images) - 1) + [t] * bool(images), dtype=torch.long)
+        image_id = torch.tensor([owner])
+        logits, prediction = model(torch.tensor([ids]), image_id, torch.arange(len(ids))[None], transfusion_mask(image_id), x, times)
+        return logits[0], prediction
+
+    for part in document:
+        if isinstance(part, str):
+            ids.extend(T.encode(part))
+        else:
+            ids.append(T.boi)
+            owner.append(-1)
+            add_image(trained.vae.encode(torch.from_numpy(np.array(part)).permute(2, 0, 1) / 127.5 - 1))
+            ids.append(T.eoi)
+        owner.extend([-1] * (len(ids) - len(owner)))
+    drawing = draw and document and isinstance(document[-1], str)
+    while True:
+        if not drawing:
+            logits = forward(ids, owner, images, 0)[0][-1]
+            logits[[T.bos, T.eoi, T.pad] + [T.boi] * (max_images == 0)] = -torch.inf
+            token = int(logits.argmax() if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            if token == T.eos:
+                return new
+            if token != T.boi:
+                new.append(token)
+                ids.append(token)
+                owner.append(-1)
+                max_tokens -= 1
+                if max_tokens == 0:
+                    return new
+                continue
+        drawing, max_images = False, max_images - 1
+        ids.append(T.boi)
+        owner.append(-1)
+        x = torch.randn(3, SIDE, SIDE, generator=generator)
+        add_image(x)
+        times = ddpm.schedule(steps)
+        for t, s in zip(times, times[1:]):
+            prediction = forward(ids, owner, images[:-1] + [x], t)[1][-1]
+            if guidance_scale != 1.0:
+                alone = forward([T.bos, T.boi] + [T.pad] * n, [-1, -1] + [0] * n, [x], t)[1][-1]
+                prediction = alone + guidance_scale * (prediction - alone)
+            if sampler == "ddpm":
+                x = ddpm.ddpm_step(prediction[None], x[None], t, s, torch.randn(x.shape, generator=generator)[None])[0]
+            else:
+                x = ddpm.ddim_step(prediction[None], x[None], t, s)[0]
+        images[-1] = x
+        new.append(x)
+        ids.append(T.eoi)
+        owner.append(-1)
+        if max_tokens == 0:
+            return new
+
+
+def generated(trained, documents, seeds, **options):
+    """generate's new parts, before they become text and pictures: a list of ids and latents for each document."""
+    kept = {}
+    original = sample.to_document
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "to_document", lambda items, trained: [kept.setdefault(len(kept), items)] and original(items, trained))
+        generate(trained, documents, seeds, **options)
+    return list(kept.values())
+
+
+def same(found, expected):
+    """Tokens exactly, latents up to rounding."""
+    assert [i for i in found if isinstance(i, int)] == [i for i in expected if isinstance(i, int)]
+    assert [isinstance(i, int) for i in found] == [isinstance(i, int) for i in expected]
+    for a, b in zip(found, expected):
+        if not isinstance(a, int):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+DOCUMENTS = [["a red dot"], [image(1)], [], ["ab", image(2), "make it abcdefghijklmnop"], ["x"], [image(3), image(4)], [image(5), "c"]]
+
+
+@pytest.mark.parametrize("options", [
+    dict(draw=True, temperature=1.0), dict(draw=True, temperature=1.0, guidance_scale=3.0), dict(draw=False, temperature=1.0, guidance_scale=2.0),
+    dict(draw=False, temperature=0.0), dict(draw=True, temperature=0.7, sampler="ddim", guidance_scale=0.0),
+], ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()))  # fmt: skip
+def test_cached_batch_equals_recomputation(talker, options):
+    """Text and images, prompts of different lengths and kinds, rows that draw at different times, with and without guidance."""
+    trained, seeds = tiny_trained(talker), range(10, 10 + len(DOCUMENTS))
+    found = generated(trained, DOCUMENTS, seeds, max_tokens=20, max_images=2, **options)
+    for document, seed, row in zip(DOCUMENTS, seeds, found):
+        same(row, recompute(trained, document, seed, **options))
+
+
+def test_the_comparison_above_covers_text_and_images_and_both_in_turn(talker):
+    found = generated(tiny_trained(talker), DOCUMENTS, range(10, 17), temperature=1.0, max_tokens=20, max_images=2)
+    kinds = ["".join("t" if isinstance(i, int) else "I" for i in row) for row in found]
+    assert any("It" in row for row in kinds) and any("tI" in row for row in kinds) and any(row.count("I") == 2 for row in kinds)
+    latents = torch.stack([i for row in found for i in row if not isinstance(i, int)])
+    assert latents.isfinite().all() and latents.std(0).mean() > 0.1  # not all the same
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_row_does_not_depend_on_its_neighbours(talker, guidance_scale):
+    trained, options = tiny_trained(talker), dict(temperature=1.0, max_tokens=12, max_images=2, guidance_scale=guidance_scale)
+    together = generated(trained, DOCUMENTS, range(len(DOCUMENTS)), **options)
+    for seed, (document, row) in enumerate(zip(DOCUMENTS, together)):
+        same(generated(trained, [document], [seed], **options)[0], row)
+
+
+def test_seeds_decide(talker):
+    trained, options = tiny_trained(talker), dict(temperature=1.0, max_tokens=12)
+    one, again, other = (generate(trained, [["a red dot"], []], seeds, **options) for seeds in ([1, 2], [1, 2], [3, 4]))
+    assert one == again and one != other
+    assert generate(trained, [[], []], [5, 5], **options)[0] == generate(trained, [[], []], [5, 5], **options)[1]
+
+
+def test_guidance_scale_1_is_no_guidance_and_more_is_more(talker):
+    draw = lambda scale: generated(tiny_trained(talker), [["a red dot"]], [0], max_tokens=0, guidance_scale=scale)[0][0]
+    assert not torch.allclose(draw(3.0), draw(1.0), atol=0.01)
+    torch.testing.assert_close(draw(1.0), draw(1.0 + 1e-7), rtol=1e-3, atol=1e-3)  # the two code paths meet
+
+
+# ---- The rules ------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_come_back_and_text_prompts_are_drawn(talker):
+    prompt = ["a red dot", image(1), "again"]
+    found = generate(tiny_trained(talker), [prompt], max_tokens=0)[0]
+    assert found[:3] == prompt and len(found) == 4 and isinstance(found[3], Image.Image) and found[3].size == (SIDE, SIDE)
+
+
+def test_limits_are_kept(talker):
+    trained = tiny_trained(talker)
+    for max_tokens, max_images in ((5, 0), (5, 1), (1, 3), (30, 2)):
+        for row in generated(trained, [[]] * 8, range(8), draw=False, max_tokens=max_tokens, max_images=max_images):
+            assert sum(isinstance(i, int) for i in row) <= max_tokens and sum(not isinstance(i, int) for i in row) <= max_images
+
+
+def test_no_text_is_written_when_none_is_allowed(talker):
+    assert generated(tiny_trained(talker), [[image(1)], []], [0, 1], draw=False, max_tokens=0, max_images=0, temperature=1.0) == [[], []]
+
+
+def test_inserted_tokens_are_never_sampled(talker):
+    """<BOS>, <EOI> and padding, however likely; <EOS> ends the document."""
+    trained = tiny_trained(tiny_model())
+    with torch.no_grad():
+        trained.model.load_state_dict(talker.state_dict())
+        trained.model.head.weight[[T.bos, T.eoi, T.pad], 0] = 50.0
+        rows = generated(trained, [[]] * 4, range(4), draw=False, max_tokens=10, max_images=0)
+        assert not {T.bos, T.eoi, T.pad, T.boi, T.eos} & {i for row in rows for i in row} and any(rows)
+        trained.model.head.weight[T.eos, 0] = 100.0
+        assert generate(trained, [[]] * 3, draw=False, max_tokens=10, max_images=1) == [[], [], []]
+
+
+def test_top_k_1_is_greedy(talker):
+    run = lambda **options: generate(tiny_trained(talker), [[], [image(1)]], draw=False, max_tokens=15, max_images=0, **options)
+    assert run(top_k=1, temperature=5.0) == run(temperature=0.0) != run(temperature=5.0)
+
+
+def test_text_is_reported_as_it_is_sampled(talker):
+    heard = {0: "", 1: ""}
+    found = generate(tiny_trained(talker), [[], [image(1)]], [1, 2], draw=False, temperature=1.0, max_tokens=10, max_images=0,
+                     on_text=lambda row, text: heard.__setitem__(row, heard[row] + text))  # fmt: skip
+    assert ["".join(part for part in document if isinstance(part, str)) for document in found] == list(heard.values()) and all(heard.values())
+
+
+def test_nothing_asked_nothing_done(talker):
+    assert generate(tiny_trained(talker), []) == []
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n"])
+def test_empty_prompt_is_refused(talker, prompt):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        generate(tiny_trained(talker), [[prompt]])
+
+
+def test_overlong_prompt_is_refused_and_the_longest_is_not(talker):
+    trained, room = tiny_trained(talker), 160 - 1 - 16 - 2  # of seq_len: <BOS>, the patches, <BOI> and <EOI>
+    assert len(generate(trained, [["a" * room]], max_tokens=0)[0]) == 2
+    with pytest.raises(ValueError, match="160"):
+        generate(trained, [["a" * (room + 1)]], max_tokens=0)
+
+
+# ---- The whole thing, once ------------------------------------------------------------------------------------------
+
+
+def test_one_document_overfits_in_both_directions():
+    """A tiny model that has seen one pair draws that picture from the caption, and writes that caption from the picture."""
+    caption, shown = "a red circle above", picture(7)
+    model, ddpm = tiny_model(dim=64, qk_norm=True).train(), DDPM(prediction="v")
+    documents = [[T.encode(caption), shown], [shown, T.encode(caption)]]
+    batch = collate([[document] for document in documents * 4], T, 64, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
+    draw = torch.Generator().manual_seed(0)
+    for step in range(250):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 250)
+        t, eps = ddpm.draw_timesteps(batch.max_t, draw), torch.randn(batch.images.shape, generator=draw)
+        lm, per_image = losses(model, ddpm, batch, batch.images, t, eps)
+        optimizer.zero_grad()
+        (lm / (batch.targets >= 0).sum() + 5 * per_image.mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    trained = tiny_trained(model.eval(), steps=25, sampler="ddim")
+    target = Image.fromarray(shown.load())
+    drawn = generate(trained, [[caption]], max_tokens=0)[0][1]
+    assert np.abs(np.array(drawn, float) - np.array(target, float)).mean() < 10  # of 255; a random picture is 85 away
+    assert generate(trained, [[target]], max_images=0, max_tokens=40)[0][1:] == [caption]
+
+
+# ---- What people see ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, columns", [(1, None), (5, None), (12, 6), (7, 3)])
+def test_contact_sheet_shows_every_picture(n, columns):
+    """Each picture's own colour is on the sheet, once."""
+    colours = [(20 * i, 255 - 20 * i, 77) for i in range(n)]
+    captions = ["a word " * (i + 1) for i in range(n)]
+    sheet = np.array(contact_sheet([Image.new("RGB", (32, 32), c) for c in colours], captions, columns=columns))
+    for colour in colours:
+        found = (sheet == colour).all(-1)
+        assert found.sum() == 128 * 128
+    if columns:
+        assert sheet.shape[1] == 10 + columns * 138
+
+
+def test_newest_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="train.py --config small"):
+        newest_checkpoint()
+    for n, name in enumerate(["b", "a", "c"]):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "checkpoint.pt").touch()
+        os.utime(tmp_path / "out" / name / "checkpoint.pt", (n % 2, n % 2))
+    assert newest_checkpoint().parent.name == "a"
