@@ -313,9 +313,11 @@ class Folder:
         pictures = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in self.SUFFIXES) if Path(path).is_dir() else []
         if not pictures:
             raise ValueError(f"{path}: no pictures here; --data wants a folder of {', '.join(self.SUFFIXES)} files with same-named .txt captions")
+        if len(pictures) < 2:
+            raise ValueError(f"{path}: holds one picture; at least two are needed, one of them to be held out")
         held_out = {p: int(hashlib.sha256(p.stem.encode()).hexdigest(), 16) % 10 == 0 for p in pictures}
         if not 0 < sum(held_out.values()) < len(pictures):  # a handful of files: the first is the held-out one
-            held_out = {p: p == pictures[0] and len(pictures) > 1 for p in pictures}
+            held_out = {p: p == pictures[0] for p in pictures}
         self.pictures = [p for p in pictures if held_out[p] == (split == "held_out")]
         self.captions = [self._caption(p) for p in self.pictures]
         self._order = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(self.pictures)))
@@ -344,6 +346,8 @@ class Folder:
 def fit_image(image, image_size):
     """A PIL image as uint8 (image_size, image_size, 3): upright, on white, centre-cropped and resized (section 4.1)."""
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys to white
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

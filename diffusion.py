@@ -46,6 +46,7 @@ class DDPM(nn.Module):
         f = np.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2  # Nichol & Dhariwal, eq. 17
         betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
         abar = np.concatenate([[1.0], np.cumprod(1 - betas)])  # indexed by t: abar[0] = 1 is the clean image
+        self.abar = abar  # float64: the steps below need 1 - abar_t / abar_s and sigma_s^2, which cancel in float32 at either end
         self.register_buffer("alphas_cumprod", torch.tensor(abar[1:], dtype=torch.float32), persistent=False)  # (T,), without t = 0
         self.register_buffer("alpha", torch.tensor(np.sqrt(abar), dtype=torch.float32), persistent=False)  # (T + 1,)
         self.register_buffer("sigma", torch.tensor(np.sqrt(1 - abar), dtype=torch.float32), persistent=False)  # (T + 1,)
@@ -105,21 +106,25 @@ class DDPM(nn.Module):
             raise ValueError(f"{steps} denoising steps; it must be between 1 and {self.timesteps}")
         return torch.linspace(self.timesteps, 0, steps + 1, dtype=torch.float64).round().long().tolist()
 
+    def between(self, t, s):
+        """Of a step from t to s < t: alpha_t, sigma_t, alpha_s, sigma_s and beta = 1 - abar_t / abar_s, as Python numbers."""
+        (a, b) = self.abar[t], self.abar[s]
+        return a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5, 1 - a / b
+
     def ddpm_step(self, prediction, x_t, t, s, noise):
         """One ancestral step from t to s < t: a draw from q(x_s | x_t, x_0) (Ho et al. 2020, eq. 6-7) at the estimated
         x_0, its betas taken between t and s, so that any subset of the 1000 steps can be visited."""
         _, x_0 = self.eps_and_x_0(prediction, x_t, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = self._at(t, x_t), self._at(s, x_t)
-        beta = (sigma_t**2 - sigma_s**2) / alpha_s**2  # = 1 - abar_t / abar_s, without its cancellation
+        alpha_t, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
         mean = (alpha_s * beta * x_0 + alpha_t / alpha_s * sigma_s**2 * x_t) / sigma_t**2
-        return mean + sigma_s / sigma_t * beta.sqrt() * noise
+        return mean + sigma_s / sigma_t * beta**0.5 * noise
 
     def ddim_step(self, prediction, x_t, t, s, noise=None, eta=0.0):
         """One DDIM step from t to s < t (Song et al. 2021, eq. 12 and 16). eta = 0 adds no noise; eta = 1 is ancestral."""
         eps, x_0 = self.eps_and_x_0(prediction, x_t, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = self._at(t, x_t), self._at(s, x_t)
-        spread = eta * sigma_s / sigma_t * ((sigma_t**2 - sigma_s**2) / alpha_s**2).sqrt()
-        x_s = alpha_s * x_0 + (sigma_s**2 - spread**2).sqrt() * eps
+        alpha_t, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
+        spread = eta * sigma_s / sigma_t * beta**0.5
+        x_s = alpha_s * x_0 + (sigma_s**2 - spread**2) ** 0.5 * eps
         return x_s if noise is None else x_s + spread * noise
 
     def sample(self, predict, x_T, steps, sampler="ddpm", eta=0.0, noise=torch.randn_like, progress=lambda ts: ts):

@@ -10,7 +10,6 @@ from pictures. A caption need not repeat the one that the picture was drawn from
 relation may be told from either side.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -27,8 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from attention_mask import transfusion_mask
-from data import BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, Folder, Scenes, collate, open_pairs, sprite, to_pixels, DataConfig
-from sample import generate, load, newest_checkpoint
+from data import BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, DataConfig, Folder, Scenes, collate, open_pairs, sprite
+from sample import Parser, generate, load, newest_checkpoint, pick_device
 
 ASPECTS = ("all", "number", "colours", "shapes", "relation")
 
@@ -135,14 +134,14 @@ def object_pattern(grammar):
 def parse_caption(text, grammar):
     """A sentence of a grammar -> Claims, or None if it is no sentence of it."""
     backgrounds = GRAMMARS[grammar][4]
-    background = ""
+    text, background = text.strip(), ""
     if len(backgrounds) > 1:
-        found = re.fullmatch(f"(.*) on a ({'|'.join(backgrounds)}) background", text.strip())
+        found = re.fullmatch(f"(.*) on a ({'|'.join(backgrounds)}) background", text)
         if not found:
             return None
         text, background = found.groups()
     relation = re.search(f" ({'|'.join(RELATIONS)}) (?=a )", text)
-    parts = [text[: relation.start()], text[relation.end() :]] if relation else re.split(", | and ", text.strip())
+    parts = [text[: relation.start()], text[relation.end() :]] if relation else re.split(", | and ", text)
     objects = [object_pattern(grammar).fullmatch(part) for part in parts]
     if None in objects:
         return None
@@ -270,14 +269,16 @@ def format_scores(scores):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description="Score a checkpoint.", allow_abbrev=False)
+    parser = Parser(description="Score a checkpoint.", allow_abbrev=False)
     parser.add_argument("ckpt", nargs="?", help="checkpoint or a run's folder (default: the newest under out/)")
     parser.add_argument("--judged", type=int, default=300, help="pictures per split (default 300)")
     parser.add_argument("--seed", type=int, default=1, help="which pictures and noise (default 1)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--json", metavar="FILE", help="also write the scores there")
     args = parser.parse_args(argv)
-    trained = load(args.ckpt or newest_checkpoint(), args.device)
+    if args.judged < 1:
+        raise ValueError(f"--judged is {args.judged}; it must be at least 1")
+    trained = load(args.ckpt or newest_checkpoint(), pick_device(args.device))
     scores = evaluate(trained, args.judged, args.seed, lambda splits: tqdm(splits, desc="evaluate"))
     print(format_scores(scores))
     if args.json:

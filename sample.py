@@ -18,6 +18,7 @@ From Python: `generate(load("out/small"), [["a red circle at the top left"], [im
 """
 
 import argparse
+import difflib
 import math
 import sys
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
     Raises ValueError for an empty prompt, or one too long for the sequences that the model was trained on.
     """
     model, tokenizer, ddpm, config = trained.model, trained.tokenizer, trained.ddpm, trained.config
-    steps, sampler = steps or config["steps"], sampler or config["sampler"]
+    steps, sampler = config["steps"] if steps is None else steps, sampler or config["sampler"]
     guidance_scale = config["guidance_scale"] if guidance_scale is None else guidance_scale
     device, n_patches = next(model.parameters()).device, model.config.n_patches
     shape = model.config.latent_channels, model.config.latent_size, model.config.latent_size
@@ -113,6 +114,8 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
         row = Row(torch.Generator().manual_seed(seed), temper, max_tokens, max_images, position=length(prompt, n_patches))
         if prompt and prompt[-1] == [tokenizer.boi]:
             row.mode, row.images_left = "image", max_images - 1
+        elif max_tokens <= 0:
+            row.mode = "done"
         rows.append(row)
     longest = max(row.position for row in rows)
     limit = config["data"]["seq_len"] - (n_patches + 1 if draw else 0)
@@ -287,6 +290,31 @@ def contact_sheet(images, captions, columns=None, side=128):
     return sheet
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, and which names the option nearest to a mistyped one."""
+
+    def error(self, message):
+        sys.exit(f"error: {message.removeprefix('argument ')}; --help lists the options")
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option.lstrip("-") for option in self._option_string_actions]
+            close = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), known, n=1, cutoff=0.4)
+            sys.exit(f"error: unknown option {unknown[0]}; " + (f"did you mean --{close[0]}?" if close else "--help lists the options"))
+        return found
+
+
+def pick_device(name):
+    """The torch device of a --device option; auto = the best there is. Raises ValueError if there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name):
+        raise ValueError(f"--device {name}: " + ("torch sees none here; use --device auto" if name in available else "it must be auto, cpu, cuda or mps"))
+    return torch.device(name)
+
+
 def newest_checkpoint():
     """The checkpoint under out/ that was written last. Raises ValueError if there is none."""
     found = sorted(Path("out").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
@@ -297,7 +325,7 @@ def newest_checkpoint():
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description="Sample from a checkpoint of train.py.", allow_abbrev=False)
+    parser = Parser(description="Sample from a checkpoint of train.py.", allow_abbrev=False)
     parser.add_argument("--ckpt", help="checkpoint or a run's folder (default: the newest under out/)")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
     parser.add_argument("--image", help="picture to caption (or, with --prompt, what precedes the prompt)")
@@ -310,13 +338,13 @@ def main(argv=None):
     parser.add_argument("--top_k", type=int, default=0, help="sample text among the k likeliest tokens; 0 = all")
     parser.add_argument("--max_tokens", type=int, default=64, help="at most so much new text")
     parser.add_argument("--out", default="out/samples", help="folder for the pictures (default out/samples)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     ckpt = args.ckpt or newest_checkpoint()
-    trained = load(ckpt, args.device)
+    trained = load(ckpt, pick_device(args.device))
     image = [Image.fromarray(load_image(args.image, trained.config["data"]["image_size"]))] if args.image else []
     prompts = [[*image, prompt] for prompt in args.prompt] or [image]
-    num = args.num or (1 if image and not args.prompt else 4)
+    num = (1 if image and not args.prompt else 4) if args.num is None else args.num
     if num < 1:
         raise ValueError(f"--num is {num}; it must be at least 1")
     documents = [prompt for prompt in prompts for _ in range(num)]

@@ -9,7 +9,6 @@
 definition, which is the paper's. Read `train` first.
 """
 
-import argparse
 import copy
 import difflib
 import json
@@ -35,7 +34,7 @@ from data import NO_LOSS, DataConfig, Documents, Stream, Tokenizer, collate, ope
 from diffusion import DDPM, DiffusionConfig
 from evaluate import evaluate, format_scores
 from model import SIZES, Transfusion, TransfusionConfig
-from sample import Trained, contact_sheet, generate
+from sample import Parser, Trained, contact_sheet, generate, pick_device
 from vae import VAE, VAEConfig, load_checkpoint, load_vae, save_checkpoint, train_vae
 
 
@@ -78,7 +77,7 @@ class Config:
         for name, allowed in (("device", ("auto", "cpu", "cuda", "mps")), ("sampler", ("ddpm", "ddim"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
-        for name in ("rows", "max_steps", "lr", "warmup", "clip", "log_every", "eval_every", "eval_documents", "steps"):
+        for name in ("rows", "max_steps", "lr", "warmup", "clip", "log_every", "eval_every", "eval_documents", "steps", "judged"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
 
@@ -91,7 +90,8 @@ SMALL = dict(
         qk_norm=True,  # departs: allows ten times the learning rate
     ),
     data=dict(
-        grammar="places", image_size=32, seq_len=128,
+        grammar="places", image_size=32,
+        seq_len=82,  # three pictures with captions and hardly a gap
         caption_first=0.3,  # departs (0.8): drawing is learned sooner than describing, so most pairs teach the latter
         image_first_max_t=100,  # departs (500): a picture that is to be described is nearly clean, as it will be when it is asked about
     ),
@@ -104,7 +104,7 @@ SMALL = dict(
         kl_weight=0.01,  # departs (1e-6): latents that are easier to diffuse
         perceptual_weight=0.0, disc_weight=0.0,  # departs (1, 0.5): flat shapes need neither
     ),
-    rows=7, max_steps=2100, lr=3e-3, min_lr=0.0, warmup=100, eval_every=500, judged=200,
+    rows=11, max_steps=2100, lr=3e-3, min_lr=0.0, warmup=100, eval_every=500, judged=200,
     beta2=0.98, ema=0.996,  # shorter memories for a shorter run
     steps=12, sampler="ddim",  # departs (250 ancestral): as many prompts right, measured, in a twentieth of the time
 )  # fmt: skip
@@ -112,7 +112,7 @@ PRESETS = {
     **{name: dict(model=size) for name, size in SIZES.items()},
     "small": SMALL,
     # Relations instead of places ("a red circle above a blue square"): the model must bind two objects through one word.
-    "relations": SMALL | dict(data=SMALL["data"] | dict(grammar="relations"), max_steps=7000, eval_every=1000),
+    "relations": SMALL | dict(data=SMALL["data"] | dict(grammar="relations", seq_len=75), max_steps=7000, eval_every=1000),
     # For a GPU: 64x64 pictures of up to four objects with sizes, places, relations and backgrounds.
     "rich": SMALL | dict(
         model=SMALL["model"] | dict(dim=384, n_layers=8, n_heads=6), data=SMALL["data"] | dict(grammar="rich", image_size=64, seq_len=512),
@@ -140,10 +140,6 @@ def build(values):
 def parse(argv=None, description=__doc__.split("\n")[0]):
     """The command line -> (Config, resume). Exits with one sentence if it is not understood."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            sys.exit(f"error: {message.removeprefix('argument ')}; --help lists the options")
-
     def value_of(f):
         def boolean(text):
             if text.lower() not in ("true", "false"):
@@ -161,10 +157,7 @@ def parse(argv=None, description=__doc__.split("\n")[0]):
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     for name, (part, f) in known.items():
         parser.add_argument(f"--{name}", type=value_of(f), default=None, metavar=str(getattr(f.type, "__name__", f.type)).upper(), help=f"of the {part}" if part else None)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), [*known, "config", "resume"], n=1, cutoff=0.4)
-        sys.exit(f"error: unknown option {unknown[0]}" + (f"; did you mean --{close[0]}?" if close else "; --help lists them"))
+    args = parser.parse_args(argv)
     if args.config not in PRESETS:
         close = difflib.get_close_matches(args.config, PRESETS, n=1, cutoff=0.0)
         sys.exit(f"error: no preset is called {args.config!r}; did you mean {close[0]}? The presets are {', '.join(PRESETS)}")
@@ -177,15 +170,6 @@ def parse(argv=None, description=__doc__.split("\n")[0]):
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
-
-
-def pick_device(name):
-    """The torch device of --device; auto = the best there is."""
-    if name != "auto":
-        if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
-            raise ValueError(f"--device {name}: torch sees no such device here; use --device auto")
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def autocast(device):
@@ -231,8 +215,12 @@ class Interrupt:
 
 def prepare_vae(config, device, resume=False):
     """The VAE that a Config names, or else one trained on its pictures; from <out>/vae.pt if `resume` and that is finished."""
-    if config.vae:
-        return load_vae(config.vae, device)
+    vae = load_vae(config.vae, device) if config.vae else None
+    factor = (vae.config if vae else config.autoencoder).factor
+    if config.data.image_size % factor:
+        raise ValueError(f"image_size is {config.data.image_size}; it must be a multiple of the VAE's factor, {factor}")
+    if vae:
+        return vae
     path = Path(config.out) / "vae.pt"
     if resume and path.exists() and load_checkpoint(path).get("done"):
         return load_vae(path, device)
@@ -254,11 +242,15 @@ class Run:
         self.checkpoint = self.out / "checkpoint.pt"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.log_file = (self.out / "log.jsonl").open("a" if resume else "w")
+            (self.out / "log.jsonl").open("a").close()
         except OSError as error:
             raise ValueError(f"--out {self.out}: cannot be written to ({error.strerror})") from None
         state = load_checkpoint(self.checkpoint) if resume and self.checkpoint.exists() else None
+        if resume and not state and not (self.out / "vae.pt").exists():
+            print(f"--resume: nothing is saved in {self.out} yet; starting from the beginning")
 
+        if state and not {"optimizer", "tokenizer", "stream"} <= set(state):
+            raise ValueError(f"{self.checkpoint}: is not a checkpoint of train.py")
         pairs = open_pairs(config.data, "train", config.seed)
         if state:
             self.tokenizer = Tokenizer(state["tokenizer"])
@@ -291,6 +283,7 @@ class Run:
         self.step = 0
         if state:
             self._restore(state)
+        self.log_file = (self.out / "log.jsonl").open("a" if state else "w")  # only now that nothing can be wrong with the options
 
     # ---- one step ----
 
@@ -322,11 +315,14 @@ class Run:
         lm = lm / (batch.targets != NO_LOSS).sum().clamp(min=1)
         ddpm = (per_image * noised).sum() / noised.sum().clamp(min=1)
         loss = lm + config.lambda_ddpm * ddpm  # eq. 4
-        if not math.isfinite(loss.item()):  # before the weights are touched, so that what was saved and what is here stay good
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}: lower --lr (now {config.lr:g}) or --clip, and go on with --resume from {self.checkpoint}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        if not math.isfinite(loss.item() + norm.item()):  # before the weights are touched, so that what is here and on disk stays good
+            raise FloatingPointError(
+                f"the loss is {loss.item():g} and its gradient's norm {norm.item():g} at step {self.step}: lower --lr (now {config.lr:g}) or --clip; "
+                f"--resume goes on from the last checkpoint in {self.out}"
+            )
         self.optimizer.step()
         decay = min(config.ema, (1 + self.step) / (10 + self.step))  # warmed up: the first weights are soon forgotten
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)

@@ -244,7 +244,9 @@ def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_e
             loss = loss + config.disc_weight * weight * adversarial
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1e4)
+        norm = nn.utils.clip_grad_norm_(vae.parameters(), 1e4)
+        if not math.isfinite(loss.item() + norm.item()):  # before the weights are touched
+            raise FloatingPointError(f"the VAE's loss is {loss.item():g} and its gradient's norm {norm.item():g} at step {step}: lower --vae_lr (now {config.lr:g})")
         optimizer.step()
         if with_disc and step >= config.disc_start:
             hinge = F.relu(1 - disc(x)).mean() + F.relu(1 + disc(output.detach())).mean()
@@ -252,8 +254,6 @@ def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_e
             (0.5 * hinge).backward()
             disc_optimizer.step()
         if step % 50 == 0 or step == config.steps - 1:
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the VAE's loss is {loss.item()} at step {step}: lower --vae_lr (now {config.lr:g})")
             bar.set_postfix_str(f"L1 {rec.item() / x[0].numel():.4f}, KL {kl.item():.0f}")
         step += 1
         if step % save_every == 0:
@@ -315,7 +315,10 @@ def load_vae(path, device="cpu"):
     if not isinstance(state, dict) or "vae_config" not in state:
         raise ValueError(f"{path}: is a checkpoint, but holds no VAE")
     vae = VAE(VAEConfig(**state["vae_config"])).to(device)
-    vae.load_state_dict(state["vae"])
+    try:
+        vae.load_state_dict(state["vae"])
+    except RuntimeError:
+        raise ValueError(f"{path}: the weights do not have the sizes of its configuration") from None
     return vae.eval()
 
 
@@ -324,7 +327,8 @@ if __name__ == "__main__":
     from PIL import Image
 
     from data import open_pairs, to_pixels
-    from train import parse, pick_device, prepare_vae, report_errors
+    from sample import pick_device
+    from train import parse, prepare_vae, report_errors
 
     def demo():
         config, resume = parse(description="Train the VAE of a preset alone and write reconstructions.")
