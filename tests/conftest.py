@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py, and before torch is imported: waiting threads give way to other programs
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py, and before torch is imported: waiting threads give way to other programs
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

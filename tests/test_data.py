@@ -14,7 +14,7 @@ from PIL import Image
 from data import (COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, DataConfig, Documents, Folder, Picture, Scenes, Stream, Tokenizer, collate, fit_image,
                   held_out_combination, length, load_image, open_pairs, to_pixels)  # fmt: skip
 from diffusion import DDPM
-from train import losses
+from train import losses, parse
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
 
@@ -307,11 +307,15 @@ def test_noise_limits_follow_the_configuration():
 # ---- Packing --------------------------------------------------------------------------------------------------------
 
 
-def test_scenes_fill_at_least_95_percent(learned):
-    stream = Stream(Documents(Scenes(), learned, DataConfig(image_size=32, seq_len=128)), 128, rows=8, n_patches=16)
+@pytest.mark.parametrize("preset", ["small", "relations"])
+def test_scenes_fill_at_least_95_percent(preset):
+    data = parse(["--config", preset])[0].data
+    scenes = Scenes(data.grammar)
+    tokenizer = Tokenizer.learn([scenes.example(i).caption for i in range(2000)], data.merges)
+    stream = Stream(Documents(scenes, tokenizer, data), data.seq_len, rows=8, n_patches=16)
     rows = [row for _ in range(40) for row in next(stream)]
     used = [sum(length(document, 16) for document in row) for row in rows]
-    assert max(used) <= 128 and np.mean(used) / 128 >= 0.95
+    assert max(used) <= data.seq_len and np.mean(used) / data.seq_len >= 0.95
 
 
 def spell(rows):
