@@ -93,7 +93,7 @@ SMALL = dict(
         grammar="places", image_size=32,
         seq_len=112,  # four pictures with captions and hardly a gap
         caption_first=0.45,  # departs (0.8): drawing is learned sooner than describing, so most pairs teach the latter
-        image_first_max_t=100,  # departs (500): a picture that is to be described is nearly clean, as it will be when it is asked about
+        image_first_max_t=0,  # departs (500): a picture that is to be described is clean, as it will be when it is asked about
     ),
     diffusion=dict(
         prediction="v",  # departs (eps): learns at least as fast, and no step divides by a vanishing alpha_t
