@@ -273,12 +273,16 @@ def main(argv=None):
     parser.add_argument("ckpt", nargs="?", help="checkpoint or a run's folder (default: the newest under out/)")
     parser.add_argument("--judged", type=int, default=300, help="pictures per split (default 300)")
     parser.add_argument("--seed", type=int, default=1, help="which pictures and noise (default 1)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the preset's)")
+    parser.add_argument("--sampler", choices=("ddpm", "ddim"), help="(default: the preset's)")
+    parser.add_argument("--guidance_scale", type=float, help="1 = none (default: the preset's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--json", metavar="FILE", help="also write the scores there")
     args = parser.parse_args(argv)
     if args.judged < 1:
         raise ValueError(f"--judged is {args.judged}; it must be at least 1")
     trained = load(args.ckpt or newest_checkpoint(), pick_device(args.device))
+    trained.config.update({name: getattr(args, name) for name in ("steps", "sampler", "guidance_scale") if getattr(args, name) is not None})
     scores = evaluate(trained, args.judged, args.seed, lambda splits: tqdm(splits, desc="evaluate"))
     print(format_scores(scores))
     if args.json:

@@ -296,7 +296,7 @@ def test_wrong_options_of_train(args, expected, tmp_path):
     ("sample.py", ["--promt", "x"], "--promt"), ("sample.py", ["--num", "x"], "x"), ("sample.py", ["--num", "0", "--prompt", "x"], "--num"),
     ("sample.py", ["--steps", "2000", "--prompt", "x"], "between 1 and 1000"), ("sample.py", ["--sampler", "euler"], "euler"),
     ("sample.py", ["--steps", "-1", "--prompt", "x"], "-1"), ("sample.py", ["--steps", "0", "--prompt", "x"], "between 1 and 1000"),
-    ("sample.py", ["--prompt", ""], "prompt is empty"), ("sample.py", ["--prompt", "a red circle " * 200], "128"),
+    ("sample.py", ["--prompt", ""], "prompt is empty"), ("sample.py", ["--prompt", "a red circle " * 200], "positions; at most"),
     ("evaluate.py", ["--judge", "3"], "--judge"), ("evaluate.py", ["--judged", "x"], "x"), ("evaluate.py", ["--judged", "0"], "judged"),
 ])  # fmt: skip
 def test_wrong_options_of_sample_and_evaluate(script, args, expected, small_run, tmp_path, monkeypatch):
