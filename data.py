@@ -30,6 +30,8 @@ NO_LOSS = -100  # a target that cross-entropy ignores
 
 @dataclass
 class DataConfig:
+    """What the documents are made of. Raises ValueError on a value out of range."""
+
     data: str = ""  # folder of pictures with same-named .txt captions; "" = the built-in scenes
     grammar: str = "places"  # of the built-in scenes: "places", "relations" or "rich"
     image_size: int = 256  # pixels a side

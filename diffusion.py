@@ -18,6 +18,8 @@ from torch import nn
 
 @dataclass
 class DiffusionConfig:
+    """The schedule's length and what is learned on it. Raises ValueError on an unknown choice."""
+
     timesteps: int = 1000  # T
     prediction: str = "eps"  # what the network outputs: "eps" (the paper) or "v" (Salimans & Ho 2022)
     t_draw: str = "uniform"  # training timesteps: "uniform" (the paper) or "logit_normal" (Esser et al. 2024)

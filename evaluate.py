@@ -125,6 +125,7 @@ class Claims:
 
 @lru_cache(maxsize=None)
 def object_pattern(grammar):
+    """The regular expression of one object in a caption: size, colour, kind and place as groups."""
     kinds, _, cells, sizes, _ = GRAMMARS[grammar]
     size = f"(?:({'|'.join(sizes)}) )" if sizes != ("",) else "()"
     place = f"(?: at the ({'|'.join(sorted(PLACES[cells], key=len, reverse=True))}))?" if cells else "()"

@@ -20,6 +20,8 @@ from torch import nn
 
 @dataclass
 class TransfusionConfig:
+    """The model's sizes; the defaults are the paper's smallest. Raises ValueError if they do not fit together."""
+
     dim: int = 768
     n_layers: int = 16
     n_heads: int = 12

@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 @dataclass
 class VAEConfig:
+    """The autoencoder's sizes and its training; the defaults are latent diffusion's f8 with 8 channels."""
+
     channels: int = 128
     channel_multiples: tuple = (1, 2, 4, 4)  # per level; each level after the first halves the resolution
     n_res: int = 2  # residual blocks per level (one more in the decoder)
