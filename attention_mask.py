@@ -5,11 +5,13 @@ patch also to the later patches of its own image. <BOI> and <EOI> are text, outs
 another document packed into the same row, and padding sees only itself (a row of the mask that is all False would
 turn softmax into NaN).
 
-Exports `mask_rule`, the rule itself in the form that FlexAttention takes, and `transfusion_mask`, the same rule as a
-dense boolean mask for scaled_dot_product_attention.
+Exports `mask_rule`, the rule itself in the form that FlexAttention takes; `transfusion_mask`, the rule as a dense boolean
+mask for scaled_dot_product_attention, the reference everywhere; and `flex_mask`, the rule as the block mask of
+FlexAttention (Dong et al. 2024), which skips the blocks of the mask that are empty and exists in CUDA training only.
 """
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 TEXT = -1  # image_id of a position that belongs to no image
 PADDING = -1  # doc_id of a position that belongs to no document
@@ -39,6 +41,17 @@ def transfusion_mask(image_id, doc_id=None):
     b = torch.arange(batch, device=image_id.device)[:, None, None, None]
     position = torch.arange(length, device=image_id.device)
     return mask_rule(image_id, doc_id)(b, None, position[:, None], position[None, :])
+
+
+compiled_create_block_mask = torch.compile(create_block_mask)  # uncompiled, it would write out all S x S entries
+
+
+def flex_mask(image_id, doc_id):
+    """The rule as a BlockMask for flex_attention: (B, S), (B, S) -> which 128 x 128 blocks are empty, full or mixed. S should
+    be a multiple of 128, and the same from batch to batch, so that what is compiled once serves them all."""
+    create = compiled_create_block_mask if image_id.is_cuda else create_block_mask
+    batch, length = image_id.shape
+    return create(mask_rule(image_id, doc_id), batch, None, length, length, device=image_id.device.type)
 
 
 if __name__ == "__main__":

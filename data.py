@@ -406,24 +406,24 @@ def length(document, n_patches):
 
 
 class Stream:
-    """Documents number 0, 1, 2, ... packed into rows of seq_len positions, `rows` rows at a time.
+    """Documents packed into rows of seq_len positions, `rows` rows a step. Row r of every step is packed from documents r,
+    r + rows, r + 2 rows, ...; so any process can make any of them, and `mine` says which (default: all).
 
     Best fit with a look-ahead: a row takes the oldest waiting document, then the longest waiting ones that still fit.
-    Packing looks at lengths only; pictures are loaded by `collate`. `state` says where the stream stands.
+    Packing looks at lengths only; pictures are loaded by `collate`. `state` says where each row stands.
     """
 
-    LOOK_AHEAD = 64
+    LOOK_AHEAD = 24
 
-    def __init__(self, document, seq_len, rows, n_patches):
+    def __init__(self, document, seq_len, rows, n_patches, mine=None):
         self.document, self.seq_len, self.rows, self.n_patches = document, seq_len, rows, n_patches
-        self.state = {"next": 0, "waiting": []}  # indices
+        self.state = {r: {"next": r, "waiting": []} for r in (range(rows) if mine is None else mine)}
         self._open = {}  # the waiting documents and their lengths, by index
 
-    def _waiting(self):
-        state = self.state
+    def _waiting(self, state):
         while len(state["waiting"]) < self.LOOK_AHEAD:
             state["waiting"].append(state["next"])
-            state["next"] += 1
+            state["next"] += self.rows
         for i in state["waiting"]:
             if i not in self._open:
                 document = self.document(i)
@@ -436,11 +436,11 @@ class Stream:
     def __next__(self):
         """The next rows: a list of lists of documents."""
         rows = []
-        for _ in range(self.rows):
+        for state in self.state.values():
             row, free = [], self.seq_len
-            while fitting := [i for i in self._waiting() if self._open[i][1] <= free]:
+            while fitting := [i for i in self._waiting(state) if self._open[i][1] <= free]:
                 i = fitting[0] if not row else max(fitting, key=lambda i: self._open[i][1])
-                self.state["waiting"].remove(i)
+                state["waiting"].remove(i)
                 document, n = self._open.pop(i)
                 row.append(document)
                 free -= n

@@ -11,11 +11,14 @@ Exports `TransfusionConfig`, `SIZES` (the paper's table of models), `Transfusion
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -91,7 +94,8 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with RoPE. The mask says who sees whom; None = everything sees everything."""
+    """Multi-head self-attention with RoPE. The mask says who sees whom: a bool tensor, a BlockMask (FlexAttention), or None =
+    everything sees everything. update: of a KVCache; it takes the new keys and values and returns all that are visible."""
 
     def __init__(self, config):
         super().__init__()
@@ -102,14 +106,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, mask, cache=None, layer=0):
+    def forward(self, x, rope, mask, update=None):
         q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)  # rope is float32, and so are these
         # On CPU the backward of bf16 attention is several times slower than float32's: stay in float32 there.
         q, k, v = (z.float() if x.device.type == "cpu" else z.to(v.dtype) for z in (q, k, v))
-        if cache is not None:
-            k, v = cache.update(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if update is not None:
+            k, v = update(k, v)
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
@@ -136,8 +143,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, h, rope, mask, cache=None, layer=0):
-        h = h + self.attention(self.attention_norm(h), rope, mask, cache, layer)
+    def forward(self, h, rope, mask, update=None):
+        h = h + self.attention(self.attention_norm(h), rope, mask, update)
         return h + self.mlp(self.mlp_norm(h))
 
 
@@ -222,6 +229,7 @@ class Transfusion(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.patches = LinearPatches(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.checkpoint_activations = False  # True: keep each block's input only, and run the block again in the backward pass
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)  # untied from the embedding
         self.apply(self._init)
@@ -239,7 +247,7 @@ class Transfusion(nn.Module):
     def embed(self, tokens, image_id, x_t, t):
         """Tokens and noised images -> the input of the trunk (B, S, dim), and where its patches are: (N P,) indices into
         the flattened B S positions, in reading order."""
-        h = self.embedding(tokens)
+        h = self.embedding(tokens).float()  # the residual stream stays in float32, whatever the weights are kept in
         is_patch = image_id >= 0
         # A stable sort brings the patches to the front in reading order; unlike boolean indexing, its shape is known ahead.
         slots = torch.argsort(~is_patch.flatten(), stable=True)[: x_t.shape[0] * self.config.n_patches]
@@ -248,16 +256,21 @@ class Transfusion(nn.Module):
 
     def trunk(self, h, positions, mask=None, cache=None):
         """The shared blocks and the final norm: h (B, S, dim), positions (B, S) -> (B, S, dim). mask: bool, True = may
-        attend, broadcastable to (B, 1, S, keys). With a cache, the keys are its visible slots."""
+        attend, broadcastable to (B, 1, S, keys), or a BlockMask. With a cache, the keys are its visible slots."""
         rope = rope_table(positions, self.config.dim // self.config.n_heads, self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
-            h = block(h, rope, mask, cache, layer)
+            if cache is not None:
+                h = block(h, rope, mask, partial(cache.update, layer))
+            elif self.checkpoint_activations and self.training:
+                h = checkpoint(block, h, rope, mask, use_reentrant=False)
+            else:
+                h = block(h, rope, mask)
         return self.norm(h)
 
     def forward(self, tokens, image_id, positions, mask, x_t, t):
         """A mixed batch, as in training.
 
-        tokens, image_id, positions: (B, S), as in data.Batch; mask: (B, 1, S, S), from attention_mask.transfusion_mask
+        tokens, image_id, positions: (B, S), as in data.Batch; mask: transfusion_mask (B, 1, S, S) or flex_mask of attention_mask.py
         x_t: (N, C, H, W), the noised latents of the batch's images in reading order; t: (N,), their timesteps, 0 = clean
         Returns logits (B, S, vocab_size) and the prediction for each image (N, C, H, W).
         """
@@ -267,11 +280,53 @@ class Transfusion(nn.Module):
         return self.head(h), self.patches.decode(patches)
 
 
+# ---- What a size costs ----------------------------------------------------------------------------------------------
+
+
+def training_flops(model, context):
+    """FLOPs of a training step per position, forward and backward; context: how many positions a position sees, on average.
+
+    A matrix of n weights costs a position n multiplications and n additions, 2n, forward; backward twice that (a gradient
+    for its input, one for itself): 6n. The matrices are those of the blocks and the head; the embedding is a look-up, and
+    the patch layers are left out (below 0.1 %). Attention compares a query with `context` keys and sums as many values,
+    each dim wide: 2 (dim + dim) context a layer forward, three times that in all.
+    """
+    c = model.config
+    n = sum(p.numel() for part in (model.blocks, model.head) for p in part.parameters() if p.ndim == 2)
+    return 6 * n + 12 * c.n_layers * c.dim * context
+
+
+def training_memory(model, gpus, rows, seq_len, checkpoint_activations=False):
+    """Bytes a GPU needs to train, roughly: {part: bytes}. One GPU holds everything; more share the weights (--fsdp).
+
+    Weights, gradients, AdamW's two moments and the averaged weights are float32. Kept for the backward pass are, per
+    position and block: the residual stream at both norms (float32), both norms' outputs, q, k, v, and attention's output
+    twice, gate, up and their product (bfloat16); for the head the logits and their softmax (float32, and bfloat16).
+    """
+    c, n = model.config, sum(p.numel() for p in model.parameters())
+    per_block = 4 * c.dim if checkpoint_activations else 2 * 4 * c.dim + 2 * 2 * c.dim + 2 * 3 * c.dim + 2 * 2 * c.dim + 2 * 4 * c.mlp_dim
+    activations = rows * seq_len * (c.n_layers * per_block + (4 + 4 + 2) * c.vocab_size)
+    return {"weights": 4 * n / gpus, "gradients": 4 * n / gpus, "optimiser": 8 * n / gpus, "average": 4 * n / gpus, "activations": activations}
+
+
 if __name__ == "__main__":
-    print("  size   layers   dim  heads   MLP |  blocks  embedding + head  patches  total (B)")
+    context, tokens, mfu, peak = (4096 + 1) / 2, 0.5e12, 0.5, 989e12
+    print("  size   layers   dim  heads    MLP |  blocks  embedding + head  sum (B)  patches | GFLOPs/token | days of one H100")
+    models = {}
     for name, size in SIZES.items():
         with torch.device("meta"):  # shapes without storage
-            model = Transfusion(TransfusionConfig(**size))
+            model = models[name] = Transfusion(TransfusionConfig(**size))
         count = {part: sum(p.numel() for p in getattr(model, part).parameters()) / 1e9 for part in ("blocks", "embedding", "head", "patches")}
-        c = model.config
-        print(f"{name:>6}  {c.n_layers:6}  {c.dim:5}  {c.n_heads:5}  {c.mlp_dim:4} | {count['blocks']:7.3f}  {count['embedding'] + count['head']:16.3f}  {count['patches']:7.4f}  {sum(count.values()):8.3f}")
+        c, flops = model.config, training_flops(model, context)
+        llama = count["blocks"] + count["embedding"] + count["head"]
+        print(f"{name:>6}  {c.n_layers:6}  {c.dim:5}  {c.n_heads:5}  {c.mlp_dim:5} | {count['blocks']:7.3f}  {llama - count['blocks']:16.3f}"
+              f"  {llama:7.3f}  {count['patches']:7.4f} | {flops / 1e9:12.2f} | {tokens * flops / (mfu * peak) / 86400:15,.0f}")  # fmt: skip
+    print("GFLOPs/token: forward and backward, sequences of 4096, plain causal attention. Days: the paper's 0.5T tokens at 50 % MFU of 989 TFLOP/s")
+    print("(dense bfloat16 of an H100 or H200); divide by the number of GPUs.\n")
+    print("GB per GPU, one row of 4096 tokens at a time; the states are shared by all GPUs (--fsdp). In brackets: with --checkpoint_activations")
+    print("  size  GPUs | weights  gradients  optimiser  average |   activations |           total")
+    for name, model in models.items():
+        for gpus in (1, 8, 64):
+            kept, again = (training_memory(model, gpus, 1, 4096, checkpointed) for checkpointed in (False, True))
+            cells = "  ".join(f"{kept[part] / 1e9:{width}.1f}" for part, width in (("weights", 7), ("gradients", 9), ("optimiser", 9), ("average", 7)))
+            print(f"{name:>6}  {gpus:4} | {cells} | {kept['activations'] / 1e9:5.1f} ({again['activations'] / 1e9:5.1f}) | {sum(kept.values()) / 1e9:6.1f} ({sum(again.values()) / 1e9:6.1f})")

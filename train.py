@@ -2,8 +2,12 @@
 
     L = L_LM + 5 L_DDPM   (eq. 4; means over all the text targets and all the noised images of a step)
 
-    python train.py --config small          on a laptop's CPU, in minutes
-    python train.py --config small --lr 1e-3 --seed 1 --out out/mine      any field of a preset can be overridden
+    python train.py --config small                           on a laptop's CPU, in minutes
+    python train.py --config small --lr 1e-3 --out out/mine  any field of a preset can be overridden
+    torchrun --nproc_per_node=8 train.py                     the paper's 0.16B model on eight GPUs
+
+A step is a function of (seed, step, row): however many processes share its rows, and however many micro-batches each
+cuts its share into, the global batch, its noise and its loss are the same.
 
 `PRESETS` below is the one place where recipes live; a field that it does not name has the default written beside its
 definition, which is the paper's. Read `train` first.
@@ -17,8 +21,9 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 # OpenMP threads that wait by spinning for long collapse when another program takes a core; those that never spin are slow.
@@ -26,14 +31,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from attention_mask import transfusion_mask
+from attention_mask import flex_mask, transfusion_mask
 from data import NO_LOSS, DataConfig, Documents, Stream, Tokenizer, collate, open_pairs, to_pixels
 from diffusion import DDPM, DiffusionConfig
 from evaluate import evaluate, format_scores
-from model import SIZES, Transfusion, TransfusionConfig
+from model import SIZES, Transfusion, TransfusionConfig, training_flops
 from sample import Parser, Trained, contact_sheet, generate, pick_device
 from vae import VAE, VAEConfig, load_checkpoint, load_vae, save_checkpoint, train_vae
 
@@ -50,7 +60,8 @@ class Config:
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or mps
     vae: str = ""  # checkpoint of a trained VAE; "" = train one first
-    rows: int = 512  # rows of seq_len tokens a step: 2M tokens with the default 4096
+    rows: int = 512  # rows of seq_len tokens a step, over all processes: 2M tokens with the default 4096
+    micro_rows: int = 4  # rows that a process runs at once; gradients are accumulated over the rest. 0 = all
     max_steps: int = 250_000
     lr: float = 3e-4
     min_lr: float = 1.5e-5  # where the cosine ends
@@ -59,9 +70,16 @@ class Config:
     beta2: float = 0.95
     weight_decay: float = 0.1
     clip: float = 1.0  # largest gradient norm
+    compile: str = "auto"  # torch.compile of every block: on, off, or auto = on CUDA
+    attention: str = "auto"  # sdpa (dense mask), flex (block mask, CUDA), or auto = flex where the blocks are compiled
+    precision: str = "auto"  # of matrix products: bf16 (autocast; weights stay float32), fp32, or auto = bf16 where the hardware has it
+    checkpoint_activations: bool = False  # run every block twice rather than keep its activations
+    fsdp: bool = False  # several processes share the weights (FSDP2) instead of each keeping a copy (DDP)
+    shard: int = 0  # with fsdp: this many processes share one copy (HSDP: those of a node, say); 0 = all
     lambda_ddpm: float = 5.0  # weight of the diffusion loss (eq. 4)
     ema: float = 0.9999  # decay of the averaged weights that are sampled from; warmed up
     log_every: int = 10
+    wandb: str = ""  # project in Weights & Biases to log to as well
     eval_every: int = 5000  # validation loss, sample grid and checkpoint
     eval_documents: int = 128
     judged: int = 300  # pictures and captions per split in the closing evaluation
@@ -74,7 +92,9 @@ class Config:
     autoencoder: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):
-        for name, allowed in (("device", ("auto", "cpu", "cuda", "mps")), ("sampler", ("ddpm", "ddim"))):
+        choices = dict(device=("auto", "cpu", "cuda", "mps"), sampler=("ddpm", "ddim"), compile=("auto", "on", "off"),
+                       attention=("auto", "sdpa", "flex"), precision=("auto", "bf16", "fp32"))  # fmt: skip
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         for name in ("rows", "max_steps", "lr", "warmup", "clip", "log_every", "eval_every", "eval_documents", "steps", "judged"):
@@ -104,12 +124,13 @@ SMALL = dict(
         kl_weight=0.01,  # departs (1e-6): latents that are easier to diffuse
         perceptual_weight=0.0, disc_weight=0.0,  # departs (1, 0.5): flat shapes need neither
     ),
-    rows=8, max_steps=2400, lr=3e-3, min_lr=0.0, warmup=100, eval_every=500, judged=200,
+    rows=8, micro_rows=0, max_steps=2400, lr=3e-3, min_lr=0.0, warmup=100, log_every=100, eval_every=500, judged=200,
     beta2=0.98, ema=0.996,  # shorter memories for a shorter run
     steps=12, sampler="ddim",  # departs (250 ancestral): 25 steps drew no more prompts right than 12
 )  # fmt: skip
 PRESETS = {
     **{name: dict(model=size) for name, size in SIZES.items()},
+    "7b": dict(model=SIZES["7b"], micro_rows=1, fsdp=True),
     "small": SMALL,
     # Relations instead of places ("a red circle above a blue square"): the model must bind two objects through one word.
     "relations": SMALL | dict(data=SMALL["data"] | dict(grammar="relations", seq_len=100), max_steps=6500, eval_every=1000),
@@ -156,7 +177,8 @@ def parse(argv=None, description=__doc__.split("\n")[0]):
     parser.add_argument("--config", default="0.16b", help=f"preset: {', '.join(PRESETS)} (default: 0.16b)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     for name, (part, f) in known.items():
-        parser.add_argument(f"--{name}", type=value_of(f), default=None, metavar=str(getattr(f.type, "__name__", f.type)).upper(), help=f"of the {part}" if part else None)
+        flag = dict(nargs="?", const=True) if f.type is bool else {}  # --fsdp is --fsdp true
+        parser.add_argument(f"--{name}", type=value_of(f), default=None, **flag, metavar=str(getattr(f.type, "__name__", f.type)).upper(), help=f"of the {part}" if part else None)
     args = parser.parse_args(argv)
     if args.config not in PRESETS:
         close = difflib.get_close_matches(args.config, PRESETS, n=1, cutoff=0.0)
@@ -169,19 +191,127 @@ def parse(argv=None, description=__doc__.split("\n")[0]):
     return build(values), args.resume
 
 
+# ---- One process or many ---------------------------------------------------------------------------------------------
+
+
+def join(name):
+    """Join the processes that torchrun started, if it did -> (rank, number of processes, device). name: a Config's device."""
+    device = pick_device(name)
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # A long patience: the others wait while the first process trains the VAE, draws samples and saves.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    if not dist.is_initialized():
+        return 0, 1, device
+    return dist.get_rank(), dist.get_world_size(), torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
+def total(values, device):
+    """Sums over all processes: list of numbers -> list of floats."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def wrap(model, config, device):
+    """Compile the blocks, then make the model one of several: what it returns is to be called, for its gradients to be
+    averaged over the processes. DDP: each has a copy. FSDP2: they share one; a block's weights are gathered as it is run."""
+    model.checkpoint_activations = config.checkpoint_activations
+    if compiles(config, device):
+        for block in model.blocks:
+            block.compile()
+    if not dist.is_initialized():
+        return model
+    if not config.fsdp:
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ranks, shard = dist.get_world_size(), config.shard or dist.get_world_size()
+    if ranks % shard:
+        raise ValueError(f"shard is {shard}; it must divide the number of processes, {ranks}")
+    mesh = init_device_mesh(device.type, (ranks // shard, shard), mesh_dim_names=("replicas", "shards"))  # HSDP
+    dtype = torch.bfloat16 if in_bf16(config, device) else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in [*model.blocks, model]:
+        fully_shard(part, mesh=mesh["shards"] if ranks == shard else mesh, mp_policy=policy)
+    return model
+
+
+def compiles(config, device):
+    """Does this run compile its blocks? Of two minutes' training on a CPU, compiling would take a quarter: not by default."""
+    return config.compile == "on" or config.compile == "auto" and device.type == "cuda"
+
+
+def in_bf16(config, device):
+    """Are matrix products in bfloat16?"""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported() or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return config.precision == "bf16" or config.precision == "auto" and has_bf16
+
+
+def autocast(config, device):
+    """bfloat16 for matrix products; norms, softmax, losses and all of the diffusion stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16) if in_bf16(config, device) else nullcontext()
+
+
+def mask_for(config, device):
+    """The function of (image_id, doc_id) that makes this run's masks."""
+    flex = config.attention == "flex" or config.attention == "auto" and device.type == "cuda" and compiles(config, device)
+    if flex and (device.type != "cuda" or not compiles(config, device)):
+        raise ValueError("--attention flex trains on CUDA only, and compiled; leave it at auto")
+    return flex_mask if flex else transfusion_mask
+
+
+class Average:
+    """An exponential moving average of a model's weights; of the own shard of each, where they are shared."""
+
+    def __init__(self, model):
+        self.of = [p.to_local() if hasattr(p, "to_local") else p.data for p in model.parameters()]
+        self.weights = [p.clone() for p in self.of]
+
+    @torch.no_grad()
+    def update(self, decay):
+        torch._foreach_lerp_(self.weights, self.of, 1 - decay)
+
+    @contextmanager
+    def applied(self):
+        """While it is entered, the model's weights are the averaged ones."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self):
+        for p, average in zip(self.of, self.weights):
+            p_before = p.clone()
+            p.copy_(average)
+            average.copy_(p_before)
+
+
+def mean_context(batch, n_patches):
+    """How many positions a position of the batch attends to, on average: all before it in its document and itself, and for a
+    patch also those after it in its image, which are (n_patches - 1) / 2 on average."""
+    return float((batch.positions + 1).float().mean() + (batch.image_id >= 0).float().mean() * (n_patches - 1) / 2)
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from NVIDIA's data sheets
+
+
+def peak_flops(device):
+    """The FLOP/s that MFU is measured against, or None if there is no figure for this device."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def autocast(device):
-    """bfloat16 for matrix products where the hardware has it, else float32 throughout."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported() or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16) if has_bf16 else nullcontext()
-
-
-def losses(model, ddpm, batch, x_0, t, eps):
-    """The two losses of a batch, not yet averaged: cross-entropy summed over the text targets (scalar), and the diffusion
-    loss of each image (N,)."""
-    mask = transfusion_mask(batch.image_id, batch.doc_id)
+def losses(model, ddpm, batch, x_0, t, eps, mask=transfusion_mask):
+    """The two losses of a batch, not yet averaged: cross-entropy summed over the text targets, and the diffusion loss of each
+    image (N,). mask: the function of (image_id, doc_id) that makes the model's mask, once for all its layers."""
+    mask = mask(batch.image_id, batch.doc_id)
     logits, prediction = model(batch.tokens, batch.image_id, batch.positions, mask, ddpm.q_sample(x_0, t, eps), t)
     lm = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=NO_LOSS, reduction="sum")
     return lm, ddpm.loss(prediction, x_0, t, eps)
@@ -234,12 +364,20 @@ def prepare_vae(config, device, resume=False):
         return train_vae(config.autoencoder, pictures, path, config.seed, device, resume, interrupted=lambda: interrupt.asked)
 
 
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of several processes, gathered in the first
+
+
 class Run:
-    """A training run: its data, its models, its optimiser, and where it stands."""
+    """A training run: its data, its models, its optimiser, and where it stands. One of each process, where there are several."""
 
     def __init__(self, config, resume=False):
-        self.config, self.device, self.out = config, pick_device(config.device), Path(config.out)
+        self.config, self.out = config, Path(config.out)
+        self.rank, self.ranks, self.device = join(config.device)
         self.checkpoint = self.out / "checkpoint.pt"
+        if config.rows % (self.ranks * (config.micro_rows or 1)):
+            raise ValueError(f"rows is {config.rows}; it must be a multiple of the {self.ranks} processes times micro_rows, {config.micro_rows or 1}")
+        self.mask = mask_for(config, self.device)
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA, for what is not in bfloat16
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "log.jsonl").open("a").close()
@@ -247,17 +385,17 @@ class Run:
             raise ValueError(f"--out {self.out}: cannot be written to ({error.strerror})") from None
         state = load_checkpoint(self.checkpoint) if resume and self.checkpoint.exists() else None
         if resume and not state and not (self.out / "vae.pt").exists():
-            print(f"--resume: nothing is saved in {self.out} yet; starting from the beginning")
-
+            self.say(f"--resume: nothing is saved in {self.out} yet; starting from the beginning")
         if state and not {"optimizer", "tokenizer", "stream"} <= set(state):
             raise ValueError(f"{self.checkpoint}: is not a checkpoint of train.py")
-        pairs = open_pairs(config.data, "train", config.seed)
         if state:
             self.tokenizer = Tokenizer(state["tokenizer"])
             self.vae = VAE(VAEConfig(**state["vae_config"])).to(self.device).eval()
+            self.vae.load_state_dict(state["vae"])
         else:
+            pairs = open_pairs(config.data, "train", config.seed)
             self.tokenizer = Tokenizer.learn([pairs.pair(i)[0] for i in range(2000)], config.data.merges)
-            self.vae = prepare_vae(config, self.device, resume)
+            self.vae = self._prepare_vae(resume)
         c = config.model
         c.vocab_size, c.latent_channels = self.tokenizer.vocab_size, self.vae.config.latent_channels
         c.latent_size = config.data.image_size // self.vae.config.factor
@@ -265,153 +403,244 @@ class Run:
 
         torch.manual_seed(config.seed)
         self.model = Transfusion(c).to(self.device)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.parallel = wrap(self.model, config, self.device)
+        self.average = Average(self.model)
         self.ddpm = DDPM(**asdict(config.diffusion)).to(self.device)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
 
-        def stream(split, data, rows):
-            documents = Documents(open_pairs(data, split, config.seed), self.tokenizer, data, config.diffusion.timesteps, config.seed)
-            return Stream(documents, data.seq_len, rows, c.n_patches)
-
-        self.stream = stream("train", config.data, config.rows)
-        held_out, self.validation = stream("held_out", config.data, min(config.rows, 8)), []
-        while held_out.state["next"] < config.eval_documents + Stream.LOOK_AHEAD:
+        self.stream = self._stream("train", config.rows)
+        held_out, self.validation = self._stream("held_out", self.ranks * max(1, min(config.rows, 8) // self.ranks)), []
+        while sum(len(row) for rows in self.validation for row in rows) * self.ranks < config.eval_documents:
             self.validation.append(next(held_out))
         self.step = 0
         if state:
             self._restore(state)
-        self.log_file = (self.out / "log.jsonl").open("a" if state else "w")  # only now that nothing can be wrong with the options
+        self.log_file = (self.out / "log.jsonl").open("a" if state else "w") if self.rank == 0 else None  # only now that nothing can be wrong with the options
+        self.wandb = self._start_wandb() if config.wandb and self.rank == 0 else None
+
+    def say(self, text):
+        """Print, once for all processes, and without cutting a progress bar in two."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def _prepare_vae(self, resume):
+        """As prepare_vae; of several processes the first trains it, the others read what it wrote."""
+        if self.rank:
+            dist.barrier()
+            return load_vae(self.config.vae or self.out / "vae.pt", self.device)
+        vae = prepare_vae(self.config, self.device, resume)
+        if self.ranks > 1:
+            dist.barrier()
+        return vae
+
+    def _stream(self, split, rows):
+        """This process's share of a split: every `ranks`-th of so many rows a step."""
+        config = self.config
+        documents = Documents(open_pairs(config.data, split, config.seed), self.tokenizer, config.data, config.diffusion.timesteps, config.seed)
+        return Stream(documents, config.data.seq_len, rows, config.model.n_patches, range(self.rank, rows, self.ranks))
+
+    def _start_wandb(self):
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("--wandb needs a package that is not installed: pip install wandb") from None
+        return wandb.init(project=self.config.wandb, config=asdict(self.config), dir=self.out)
 
     # ---- one step ----
 
-    def batch(self, rows):
-        """Rows of documents -> a Batch on the device."""
-        return collate(rows, self.tokenizer, self.config.data.seq_len, self.config.model.n_patches).to(self.device)
+    def prepare(self, documents, rows, *key, t_draw=None):
+        """Rows of documents, and their numbers -> (Batch, clean latents, t, eps), on the device.
 
-    def noise(self, batch, *key, t_draw=None):
-        """Everything random about a batch, a function of the seed and `key` alone, so that any step can be repeated: clean
-        latents (a draw of the VAE's posterior), timesteps and noise."""
-        key = np.random.SeedSequence([self.config.seed, *key]).generate_state(1)[0]
-        generator = torch.Generator(self.device).manual_seed(int(key))
+        All that is random (the draw of the VAE's posterior, the timesteps, the noise) is a function of the seed, `key` and the
+        row's number: the same for any division of a step's rows, and again when the step is repeated.
+        """
         c = self.config.model
-        shape = len(batch.images), c.latent_channels, c.latent_size, c.latent_size
-        of_posterior, eps = (torch.randn(shape, generator=generator, device=self.device) for _ in range(2))
-        x_0 = self.vae.encode(batch.images, of_posterior) if len(batch.images) else eps
-        return x_0, self.ddpm.draw_timesteps(batch.max_t, generator, t_draw), eps
+        batch = collate(documents, self.tokenizer, self.config.data.seq_len, c.n_patches)
+        images_of_row = ((batch.image_id >= 0).sum(1) // c.n_patches).tolist()
+        batch, draws = batch.to(self.device), []
+        for row, max_t in zip(rows, batch.max_t.split(images_of_row)):
+            seed = np.random.SeedSequence([self.config.seed, *key, row]).generate_state(1)[0]
+            generator = torch.Generator(self.device).manual_seed(int(seed))
+            of_posterior, eps = torch.randn(2, len(max_t), c.latent_channels, c.latent_size, c.latent_size, generator=generator, device=self.device)
+            draws.append((of_posterior, self.ddpm.draw_timesteps(max_t, generator, t_draw), eps))
+        of_posterior, t, eps = (torch.cat(parts) for parts in zip(*draws))
+        return batch, self.vae.encode(batch.images, of_posterior), t, eps
+
+    def micro_batches(self):
+        """This process's rows of the next step, micro_rows at a time, prepared."""
+        documents, rows = next(self.stream), list(self.stream.state)
+        n = self.config.micro_rows or len(rows)
+        return [self.prepare(documents[i : i + n], rows[i : i + n], 1, self.step) for i in range(0, len(rows), n)]
 
     def train_step(self):
         """One optimiser step -> the numbers for the log."""
         config, lr = self.config, learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batch = self.batch(next(self.stream))
-        x_0, t, eps = self.noise(batch, 1, self.step)
-        with autocast(self.device):
-            lm, per_image = losses(self.model, self.ddpm, batch, x_0, t, eps)
-        noised = batch.max_t > 0
-        lm = lm / (batch.targets != NO_LOSS).sum().clamp(min=1)
-        ddpm = (per_image * noised).sum() / noised.sum().clamp(min=1)
-        loss = lm + config.lambda_ddpm * ddpm  # eq. 4
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        batches = self.micro_batches()
+        # The means of eq. 1 and eq. 3 are over the whole step. Ranks and micro-batches differ in how many text targets and
+        # noised images they hold, so a mean of their means would be another number.
+        targets = sum(int((batch.targets != NO_LOSS).sum()) for batch, *_ in batches)
+        images = sum(int((batch.max_t > 0).sum()) for batch, *_ in batches)
+        targets, images = (max(1.0, count) for count in total([targets, images], self.device))
+        lm, ddpm = 0.0, 0.0
+        for n, (batch, x_0, t, eps) in enumerate(batches):
+            with self._synchronised(n == len(batches) - 1):
+                with autocast(config, self.device):
+                    lm_sum, per_image = losses(self.parallel, self.ddpm, batch, x_0, t, eps, self.mask)
+                lm_part, ddpm_part = lm_sum / targets, (per_image * (batch.max_t > 0)).sum() / images
+                loss = lm_part + config.lambda_ddpm * ddpm_part  # eq. 4
+                (loss * self.ranks).backward()  # times ranks: DDP and FSDP average the gradients, and a sum is wanted
+            lm, ddpm = lm + lm_part.detach(), ddpm + ddpm_part.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        if not math.isfinite(loss.item() + norm.item()):  # before the weights are touched, so that what is here and on disk stays good
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        lm, ddpm = total([lm, ddpm], self.device)
+        if not math.isfinite(lm + ddpm + norm):  # before the weights are touched, so that what is here and on disk stays good
             raise FloatingPointError(
-                f"the loss is {loss.item():g} and its gradient's norm {norm.item():g} at step {self.step}: lower --lr (now {config.lr:g}) or --clip; "
+                f"the loss is {lm + config.lambda_ddpm * ddpm:g} and its gradient's norm {norm:g} at step {self.step}: lower --lr (now {config.lr:g}) or --clip; "
                 f"--resume goes on from the last checkpoint in {self.out}"
             )
         self.optimizer.step()
-        decay = min(config.ema, (1 + self.step) / (10 + self.step))  # warmed up: the first weights are soon forgotten
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(min(config.ema, (1 + self.step) / (10 + self.step)))  # warmed up: the first weights are soon forgotten
         self.step += 1
-        return {"lm": lm.item(), "ddpm": ddpm.item(), "norm": norm.item(), "lr": lr}
+        self.context = mean_context(batches[0][0], config.model.n_patches)
+        return {"lm": lm, "ddpm": ddpm, "norm": norm, "lr": lr}
+
+    @contextmanager
+    def _synchronised(self, last):
+        """Gradients travel between the processes in the last micro-batch of a step only."""
+        if isinstance(self.parallel, DistributedDataParallel) and not last:
+            with self.parallel.no_sync():
+                yield
+        else:
+            if self.ranks > 1 and self.config.fsdp:
+                self.parallel.set_requires_gradient_sync(last)
+            yield
 
     # ---- what is measured and kept on the way ----
 
     @torch.no_grad()
     def validate(self):
         """The losses of the averaged weights on held-out documents, t drawn uniformly; ddpm also per quarter of the t range."""
-        lm, targets, quarters = 0.0, 0, [[] for _ in range(4)]
-        for n, rows in enumerate(self.validation):
-            batch = self.batch(rows)
-            x_0, t, eps = self.noise(batch, 2, n, t_draw="uniform")
-            with autocast(self.device):
-                loss, per_image = losses(self.ema, self.ddpm, batch, x_0, t, eps)
-            lm, targets = lm + loss.item(), targets + int((batch.targets != NO_LOSS).sum())
-            for one, when in zip(per_image.tolist(), t.tolist()):
-                if when > 0:
-                    quarters[(when - 1) * 4 // self.ddpm.timesteps].append(one)
-        mean = lambda values: float(np.mean(values)) if values else None
-        return {"val_lm": lm / max(1, targets), "val_ddpm": mean(sum(quarters, [])), "val_ddpm_by_t": [mean(q) for q in quarters]}
+        sums = np.zeros(10)  # lm and its targets; per quarter of t, the loss and its images
+        with self.average.applied():
+            self.parallel.eval()
+            for n, documents in enumerate(self.validation):
+                batch, x_0, t, eps = self.prepare(documents, range(self.rank, len(documents) * self.ranks, self.ranks), 2, n, t_draw="uniform")
+                with autocast(self.config, self.device):
+                    loss, per_image = losses(self.parallel, self.ddpm, batch, x_0, t, eps, self.mask)
+                sums[:2] += loss.item(), int((batch.targets != NO_LOSS).sum())
+                for one, when in zip(per_image.tolist(), t.tolist()):
+                    if when > 0:
+                        quarter = (when - 1) * 4 // self.ddpm.timesteps
+                        sums[2 + quarter] += one
+                        sums[6 + quarter] += 1
+            self.parallel.train()
+        sums = np.array(total(sums.tolist(), self.device))
+        mean = lambda loss, count: float(loss / count) if count else None
+        return {"val_lm": float(sums[0] / max(1, sums[1])), "val_ddpm": mean(sums[2:6].sum(), sums[6:].sum()), "val_ddpm_by_t": [mean(*q) for q in zip(sums[2:6], sums[6:])]}
+
+    def averaged_weights(self):
+        """The averaged weights as one state dict on the CPU; of several processes, the first receives it and the others {}."""
+        with self.average.applied():
+            return {name: p.clone() for name, p in get_model_state_dict(self.model, options=FULL).items()}  # on a CPU they were views
 
     def trained(self):
-        """The averaged weights, as sample.py and evaluate.py take them."""
-        return Trained(self.ema, self.vae, self.ddpm, self.tokenizer, asdict(self.config))
+        """The averaged weights, as sample.py and evaluate.py take them; in every process but the first None."""
+        weights = self.averaged_weights()
+        if self.rank:
+            return None
+        model = Transfusion(self.config.model).to(self.device).eval().requires_grad_(False)
+        model.load_state_dict(weights)
+        return Trained(model, self.vae, self.ddpm, self.tokenizer, asdict(self.config))
 
     def draw_samples(self, name, n=12):
         """Pictures for held-out captions, with the captions under them, as a PNG in the output folder."""
-        pairs = open_pairs(self.config.data, "held_out", self.config.seed)
-        captions = [pairs.pair(i)[0] for i in range(n)]
-        documents = generate(self.trained(), [[caption] for caption in captions], max_tokens=0)
-        contact_sheet([document[-1] for document in documents], captions, columns=6).save(self.out / name)
+        trained = self.trained()
+        if trained:
+            pairs = open_pairs(self.config.data, "held_out", self.config.seed)
+            captions = [pairs.pair(i)[0] for i in range(n)]
+            documents = generate(trained, [[caption] for caption in captions], max_tokens=0)
+            contact_sheet([document[-1] for document in documents], captions, columns=6).save(self.out / name)
 
     def log(self, values):
-        """One JSON line in log.jsonl."""
-        self.log_file.write(json.dumps({"step": self.step, **values}) + "\n")
-        self.log_file.flush()
+        """One JSON line in log.jsonl, and the same to Weights & Biases."""
+        if self.rank == 0:
+            self.log_file.write(json.dumps({"step": self.step, **values}) + "\n")
+            self.log_file.flush()
+            if self.wandb:
+                self.wandb.log(values, step=self.step)
 
     def save(self):
-        """Write the checkpoint: everything that going on, sampling and evaluating need."""
-        parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "vae": self.vae}
-        save_checkpoint(self.checkpoint, {
-            "config": asdict(self.config), "step": self.step, "stream": self.stream.state, "tokenizer": self.tokenizer.merges,
-            "vae_config": asdict(self.vae.config), **{name: part.state_dict() for name, part in parts.items()},
-        })  # fmt: skip
+        """Write the checkpoint: everything that going on, on any number of processes, sampling and evaluating need."""
+        weights = {"model": get_model_state_dict(self.model, options=FULL), "ema": self.averaged_weights(),
+                   "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=FULL)}  # fmt: skip
+        streams = [self.stream.state]
+        if self.ranks > 1:
+            dist.all_gather_object(streams := [None] * self.ranks, self.stream.state)
+        if self.rank == 0:
+            save_checkpoint(self.checkpoint, {
+                "config": asdict(self.config), "step": self.step, "stream": {row: at for stream in streams for row, at in stream.items()},
+                "tokenizer": self.tokenizer.merges, "vae_config": asdict(self.vae.config), "vae": self.vae.state_dict(), **weights,
+            })  # fmt: skip
 
     def _restore(self, state):
-        for name, value in asdict(self.config.model).items():
-            if state["config"]["model"].get(name) != value:
-                raise ValueError(f"{self.checkpoint}: was trained with {name} {state['config']['model'].get(name)}, not {value}; give the options that it was started with")
-        for name in ("model", "ema", "optimizer", "vae"):
-            getattr(self, name).load_state_dict(state[name])
-        self.stream.state, self.step = state["stream"], state["step"]
+        before = build(state["config"])
+        for name, value in (asdict(self.config.model) | dict(rows=self.config.rows)).items():
+            was = before.rows if name == "rows" else getattr(before.model, name)
+            if was != value:
+                raise ValueError(f"{self.checkpoint}: was trained with {name} {was}, not {value}; give the options that it was started with")
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, state["ema"], options=options)
+        self.average = Average(self.model)
+        set_model_state_dict(self.model, state["model"], options=options)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        self.stream.state, self.step = {row: state["stream"][row] for row in self.stream.state}, state["step"]
 
 
 def train(config, resume=False):
     """The whole recipe -> the finished Run."""
     began = time.time()
     run = Run(config, resume)
-    parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"2. the transformer ({parameters / 1e6:.2f} M parameters, {config.max_steps:,} steps, on {run.device})", flush=True)
-    with Interrupt() as interrupt, tqdm(desc="train", initial=run.step, total=config.max_steps, mininterval=1) as bar:
+    parameters, peak = sum(p.numel() for p in run.model.parameters()), peak_flops(run.device)
+    where = f"{run.ranks} x {run.device.type}" if run.ranks > 1 else str(run.device)
+    run.say(f"2. the transformer ({parameters / 1e6:.2f} M parameters, {config.max_steps:,} steps, on {where})" + (f"; MFU is of {peak / 1e12:.0f} TFLOP/s" if peak else ""))
+    with Interrupt() as interrupt, tqdm(desc="train", initial=run.step, total=config.max_steps, mininterval=1, disable=run.rank > 0) as bar:
         while run.step < config.max_steps:
             started = time.perf_counter()
             values = run.train_step()
             values["ms"] = 1000 * (time.perf_counter() - started)
             values["tokens_per_s"] = config.rows * config.data.seq_len / values["ms"] * 1000
+            if peak:
+                values["mfu"] = values["tokens_per_s"] * training_flops(run.model, run.context) / (peak * run.ranks)
             bar.update()
             if run.step % config.log_every == 0 or run.step == config.max_steps:
                 run.log(values)
-                bar.set_postfix_str(f"lm {values['lm']:.3f}, ddpm {values['ddpm']:.3f}, norm {values['norm']:.2f}, {values['tokens_per_s']:,.0f} tok/s")
+                line = f"iter {run.step:6} | lm {values['lm']:.3f} | ddpm {values['ddpm']:.3f} | norm {values['norm']:.2f} | lr {values['lr']:.1e}"
+                line += f" | {values['ms']:.0f} ms | {values['tokens_per_s']:,.0f} tokens/s"
+                run.say(line + (f" | MFU {values['mfu']:.1%}" if peak else ""))
             if run.step % config.eval_every == 0 or run.step == config.max_steps:
                 found = run.validate()
                 run.log(found)
                 by_t = " ".join("-" if v is None else f"{v:.3f}" for v in found["val_ddpm_by_t"])
-                tqdm.write(f"step {run.step}: held-out lm {found['val_lm']:.3f}, ddpm {found['val_ddpm']:.3f} (by quarter of t: {by_t})")
+                run.say(f"held-out lm {found['val_lm']:.3f}, ddpm {found['val_ddpm']:.3f} (by quarter of t: {by_t})")
                 run.draw_samples(f"samples_{run.step:06d}.png")
                 run.save()
-            if interrupt.asked:
+            if any(total([interrupt.asked], run.device)):  # in all processes, whichever was told
                 run.save()
                 raise KeyboardInterrupt
-    print(f"trained in {time.time() - began:.0f} s; 3. the evaluation", flush=True)
-    scores = evaluate(run.trained(), config.judged)
-    print(format_scores(scores))
-    (run.out / "scores.json").write_text(json.dumps(scores, indent=1))
-    print(f"{time.time() - began:.0f} s in all. In {run.out}: checkpoint.pt, samples_*.png, log.jsonl, scores.json. Now try:")
-    print(f"    python sample.py --ckpt {run.checkpoint} --prompt \"{open_pairs(config.data, 'held_out', 1).pair(0)[0]}\"")
+    trained = run.trained()
+    if trained:
+        print(f"trained in {time.time() - began:.0f} s; 3. the evaluation", flush=True)
+        scores = evaluate(trained, config.judged)
+        print(format_scores(scores))
+        (run.out / "scores.json").write_text(json.dumps(scores, indent=1))
+        print(f"{time.time() - began:.0f} s in all. In {run.out}: checkpoint.pt, samples_*.png, log.jsonl, scores.json. Now try:")
+        print(f"    python sample.py --ckpt {run.checkpoint} --prompt \"{open_pairs(config.data, 'held_out', 1).pair(0)[0]}\"")
     return run
 
 

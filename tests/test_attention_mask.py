@@ -1,12 +1,16 @@
 """attention_mask.py: the rule, against its definition in plain loops, and what it does to a model's outputs."""
 
+import copy
 import random
 
 import pytest
 import torch
-from conftest import run_here, tiny_model
+import torch.nn.functional as F
+from conftest import picture, run_here, tiny_model
+from torch.nn.attention.flex_attention import flex_attention
 
-from attention_mask import mask_rule, transfusion_mask
+from attention_mask import flex_mask, mask_rule, transfusion_mask
+from data import Tokenizer, collate
 
 
 def random_rows(seed, batch=4, length=40):
@@ -145,3 +149,64 @@ def test_script_prints_and_draws_the_mask(tmp_path, monkeypatch):
     code, out, _ = run_here("attention_mask.py")
     assert code == 0 and "BOI" in out and "■" in out
     assert (tmp_path / "attention_mask.png").exists()
+
+
+# ---- FlexAttention --------------------------------------------------------------------------------------------------
+
+
+def test_flex_mask_is_the_same_rule():
+    """The block mask says, block by block, what the dense mask says; flex_attention with it gives what SDPA gives without."""
+    image_id, doc_id = random_rows(1, batch=2, length=512)
+    dense, blocks = transfusion_mask(image_id, doc_id), flex_mask(image_id, doc_id)
+    by_block = dense.view(2, 1, 4, 128, 4, 128).any(5).any(3)
+    assert torch.equal(blocks.to_dense().bool(), by_block) and not by_block.all()
+    q, k, v = torch.randn(3, 2, 2, 512, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(flex_attention(q, k, v, block_mask=blocks), F.scaled_dot_product_attention(q, k, v, attn_mask=dense), rtol=0, atol=1e-5)
+
+
+def packed(seed, rows=2, length=128):
+    """A batch of documents of random lengths, with more or fewer images."""
+    rng = random.Random(seed)
+    documents = [[[[rng.randrange(256)] * rng.randint(1, 30), *[picture(seed)] * rng.randint(0, 1)] for _ in range(2)] for _ in range(rows)]
+    return collate(documents, Tokenizer(), length, 16)
+
+
+@pytest.mark.parametrize("mask", [transfusion_mask, flex_mask])
+def test_one_compilation_serves_every_batch(mask):
+    """Other documents, other numbers of images, and every layer: the same graph. The compiler itself raises if it has to
+    compile again; its backend "eager" then runs the graph as it stands, which a CPU can do with FlexAttention's, too."""
+    model = tiny_model(scale=4.0, latent_channels=3)
+    compiled = copy.deepcopy(model)
+    torch._dynamo.reset()
+    for block in compiled.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    images = set()
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for seed in range(4):
+            batch = packed(seed)
+            images.add(len(batch.images))
+            x_0, t = torch.randn(len(batch.images), 3, 8, 8), torch.full((len(batch.images),), 500)
+            inputs = batch.tokens, batch.image_id, batch.positions
+            found, _ = compiled(*inputs, mask(batch.image_id, batch.doc_id), x_0, t)
+            expected, _ = model(*inputs, transfusion_mask(batch.image_id, batch.doc_id), x_0, t)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    assert len(images) > 2 and torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention trains on CUDA only")
+def test_flex_attention_trains_as_sdpa_does():
+    """Compiled, forward and backward: gradients of the model with the block mask = with the dense mask."""
+    model = tiny_model(scale=4.0, dim=128, latent_channels=3).cuda().train()
+    batch = packed(0, length=256).to("cuda")
+    noise = torch.randn(len(batch.images), 3, 8, 8, device="cuda")
+    gradients = []
+    for mask, compiled in ((transfusion_mask, False), (flex_mask, True)):
+        copied = copy.deepcopy(model)
+        if compiled:
+            for block in copied.blocks:
+                block.compile(fullgraph=True)
+        logits, prediction = copied(batch.tokens, batch.image_id, batch.positions, mask(batch.image_id, batch.doc_id), noise, torch.full((len(noise),), 500, device="cuda"))
+        (logits.square().mean() + prediction.square().mean()).backward()
+        gradients.append({name: p.grad for name, p in copied.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() <= 1e-2 * expected.norm() + 1e-6, name

@@ -13,7 +13,7 @@ from conftest import TINY, flags, run_here, run_script
 from PIL import Image
 
 import train as recipe
-from data import Scenes
+from data import Picture, Scenes
 from model import SIZES
 from sample import load
 from train import PRESETS, Config, Run, build, learning_rate, options, parse, report_errors
@@ -26,7 +26,7 @@ def config_of(out, **change):
 
 
 def weights(run):
-    return {f"{name}.{key}": value for name in ("model", "ema") for key, value in getattr(run, name).state_dict().items()}
+    return {f"{kind}.{name}": value for kind, state in (("model", run.model.state_dict()), ("ema", run.averaged_weights())) for name, value in state.items()}
 
 
 def assert_same_weights(a, b):
@@ -223,16 +223,17 @@ def test_averaged_weights_lag_behind(trained_vae, tmp_path):
     run = Run(config_of(tmp_path / "out", vae=trained_vae))
     before = run.model.head.weight.detach().clone()
     run.train_step()
-    torch.testing.assert_close(run.ema.head.weight, 0.1 * before + 0.9 * run.model.head.weight.detach())
+    torch.testing.assert_close(run.averaged_weights()["head.weight"], 0.1 * before + 0.9 * run.model.head.weight.detach())
 
 
 def test_images_without_noise_have_no_loss(trained_vae, tmp_path):
     """An image that only conditions (max_t 0) is shown clean, and does not enter the mean."""
     run = Run(config_of(tmp_path / "out", vae=trained_vae))
-    batch = run.batch(next(run.stream))
-    batch.max_t[:] = 0
-    x_0, t, eps = run.noise(batch, 0)
-    assert (t == 0).all() and torch.equal(run.ddpm.q_sample(x_0, t, eps), x_0)
+    for documents in (rows := next(run.stream)):
+        for picture in (part for document in documents for part in document if isinstance(part, Picture)):
+            picture.max_t = 0
+    batch, x_0, t, eps = run.prepare(rows, range(len(rows)), 0)
+    assert len(t) and (t == 0).all() and torch.equal(run.ddpm.q_sample(x_0, t, eps), x_0)
 
 
 @pytest.mark.parametrize("name", PRESETS)

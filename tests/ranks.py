@@ -1,0 +1,38 @@
+"""One of the processes that test_distributed.py starts with torchrun: it does a list of jobs, each a few steps of a run.
+
+    torchrun --nproc_per_node=2 tests/ranks.py jobs.json        [{"steps": 3, "options": ["--config", "small", ...]}, ...]
+
+Each job leaves its checkpoint, and in its output folder values.json: what every step logged, what validation found, and
+how many times gradients travelled between the processes (DDP only).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from train import Run, parse
+
+
+def work(job):
+    run = Run(*parse(job["options"]))
+    travelled = []
+    if isinstance(run.parallel, DistributedDataParallel):
+        run.parallel.register_comm_hook(None, lambda state, bucket: (travelled.append(bucket.is_last()), allreduce_hook(None, bucket))[1])
+    steps = [run.train_step() for _ in range(job["steps"])]
+    validation = run.validate()
+    run.save()
+    if run.rank == 0:
+        (run.out / "values.json").write_text(json.dumps({"ranks": run.ranks, "steps": steps, "validation": validation, "travelled": sum(travelled)}))
+
+
+if __name__ == "__main__":
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        work(job)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,150 @@
+"""train.py in several processes: real torchrun jobs (gloo, CPU), against the same run in one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, flags
+
+from train import Run, parse
+from vae import load_checkpoint
+
+RANKS = Path(__file__).parent / "ranks.py"
+STEPS = 3
+
+
+def torchrun(*args, cwd, timeout=300):
+    """The process `torchrun args`, with one thread for each of its processes."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def options(out, vae, **change):
+    """A run whose four rows differ in how many text targets and images they hold; float32, so that sums compare."""
+    return flags(**TINY | dict(out=out, vae=vae, rows=4, max_steps=20, precision="fp32", image_first_max_t=0, lr=1e-4, warmup=1) | change)
+
+
+@pytest.fixture(scope="module")
+def one_process(trained_vae, tmp_path_factory):
+    """The reference: one process, one micro-batch -> (run after STEPS steps and saved, what the steps logged)."""
+    run = Run(*parse(options(tmp_path_factory.mktemp("one") / "out", trained_vae)))
+    values = [run.train_step() for _ in range(STEPS)]
+    run.save()
+    return run, values
+
+
+@pytest.fixture(scope="module")
+def two_processes(one_process, trained_vae, tmp_path_factory):
+    """All the jobs of two processes, in one start -> their folders by name."""
+    folder = tmp_path_factory.mktemp("two")
+    one, _ = one_process
+    (folder / "resumed").mkdir()
+    (folder / "resumed/checkpoint.pt").write_bytes(one.checkpoint.read_bytes())
+    (folder / "resumed/vae.pt").write_bytes(Path(trained_vae).read_bytes())
+    jobs = [dict(steps=STEPS, options=options(folder / "ddp", trained_vae, micro_rows=1)),
+            dict(steps=STEPS, options=options(folder / "ddp_at_once", trained_vae, micro_rows=2)),
+            dict(steps=STEPS, options=[*options(folder / "fsdp", trained_vae, micro_rows=1), "--fsdp"]),
+            dict(steps=2, options=[*options(folder / "resumed", trained_vae), "--fsdp", "--resume"])]  # fmt: skip
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    process = torchrun("--standalone", "--nproc_per_node=2", RANKS, folder / "jobs.json", cwd=folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-4000:]
+    return folder
+
+
+def values_of(folder):
+    return json.loads((folder / "values.json").read_text())
+
+
+def assert_close(found, expected, rtol=1e-4):
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, rel=rtol), (a, b)
+
+
+def apart(found, expected):
+    """How far two tensors are apart, as a share of their length."""
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def assert_same_state(folder, run):
+    """The checkpoint in a folder holds a run's weights, averages, and optimiser's moments, which are the gradients so far.
+    (Element by element the weights are further apart: Adam's first steps are the signs of gradients, some of them near 0.)"""
+    state = load_checkpoint(folder / "checkpoint.pt")
+    run.save()
+    expected = load_checkpoint(run.checkpoint)
+    assert state["step"] == expected["step"] and state["stream"] == expected["stream"]
+    for name, value in expected["model"].items():
+        assert apart(state["model"][name], value) < 1e-3 and apart(state["ema"][name], expected["ema"][name]) < 1e-3, name
+        moments, found = expected["optimizer"]["state"][name], state["optimizer"]["state"][name]
+        assert apart(found["exp_avg"], moments["exp_avg"]) < 1e-2 and apart(found["exp_avg_sq"], moments["exp_avg_sq"]) < 1e-2, name
+
+
+def test_the_rows_differ_in_what_the_means_are_over(one_process, trained_vae, tmp_path):
+    """Or means of the ranks' means would pass the tests below."""
+    run = Run(*parse(options(tmp_path / "out", trained_vae, micro_rows=1)))
+    batches = [batch for batch, *_ in run.micro_batches()]
+    assert len({int((batch.targets >= 0).sum()) for batch in batches}) > 1 and len({int((batch.max_t > 0).sum()) for batch in batches}) > 1
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp_at_once", "fsdp"])
+def test_two_processes_equal_one(name, one_process, two_processes):
+    """Losses, gradient norms, weights and moments, with and without gradient accumulation."""
+    run, values = one_process
+    found = values_of(two_processes / name)
+    assert found["ranks"] == 2
+    assert_close(found["steps"], values)
+    assert_same_state(two_processes / name, run)
+    expected = run.validate()
+    assert found["validation"]["val_lm"] == pytest.approx(expected["val_lm"], rel=1e-4)
+
+
+def test_gradients_travel_once_a_step(two_processes):
+    """In the last micro-batch only: as often with two micro-batches a step as with one."""
+    assert values_of(two_processes / "ddp")["travelled"] == values_of(two_processes / "ddp_at_once")["travelled"] == STEPS
+
+
+def test_micro_batches_equal_one_batch(one_process, trained_vae, tmp_path):
+    run, values = one_process
+    accumulated = Run(*parse(options(tmp_path / "out", trained_vae, micro_rows=1)))
+    assert_close([accumulated.train_step() for _ in range(STEPS)], values)
+
+
+def test_checkpoints_move_between_numbers_of_processes(one_process, two_processes, trained_vae, tmp_path):
+    """One process's checkpoint goes on in two that share the weights, and two processes' in one: as if nothing had happened."""
+    straight = Run(*parse(options(tmp_path / "straight", trained_vae)))
+    values = [straight.train_step() for _ in range(STEPS + 2)]
+    assert_close(values_of(two_processes / "resumed")["steps"], values[STEPS:])
+    assert_same_state(two_processes / "resumed", straight)
+
+    on_one = Run(parse(options(two_processes / "ddp", trained_vae))[0], resume=True)
+    assert on_one.step == STEPS
+    assert_close([on_one.train_step() for _ in range(2)], values[STEPS:])
+
+
+@pytest.mark.slow
+def test_two_nodes_of_one_process_each(trained_vae, tmp_path):
+    """The README's command for two nodes: two agents that meet on this machine; a whole run, evaluation included."""
+    rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=test", "--local_addr=127.0.0.1"]
+    agents = [torchrun(*rendezvous, ROOT / "train.py", *options(tmp_path / "out", trained_vae, max_steps=4), cwd=tmp_path) for _ in range(2)]
+    ends = [agent.communicate(timeout=300) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ends
+    out = "".join(out for out, _ in ends)
+    assert out.count("held out, prompts") == 1 and "on 2 x cpu" in out  # the first process alone speaks
+    assert load_checkpoint(tmp_path / "out/checkpoint.pt")["step"] == 4
+
+
+def test_rows_that_the_processes_cannot_share(trained_vae, tmp_path):
+    with pytest.raises(ValueError, match="multiple of the 1 processes times micro_rows, 3"):
+        Run(*parse(options(tmp_path / "out", trained_vae, micro_rows=3)))
