@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention_mask import transfusion_mask
-from data import NO_LOSS, DataConfig, Documents, Stream, Tokenizer, collate, open_pairs, to_pixels
+from data import (NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, collate, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer,
+                  to_pixels)  # fmt: skip
 from diffusion import DDPM, DiffusionConfig
 from evaluate import evaluate, format_scores
 from model import SIZES, Transfusion, TransfusionConfig
@@ -92,6 +93,9 @@ SMALL = dict(
     data=dict(
         grammar="places", image_size=32,
         seq_len=112,  # four pictures with captions and hardly a gap
+        merges=512,  # "at the top" is one token instead of eleven bytes
+        text_fraction=0.0,  # departs (0.5): the captions are all the text there is to learn
+        workers=0,  # a scene is drawn faster than sent from another process
         caption_first=0.45,  # departs (0.8): drawing is learned sooner than describing, so most pairs teach the latter
         image_first_max_t=0,  # departs (500): a picture that is to be described is clean, as it will be when it is asked about
     ),
@@ -226,8 +230,10 @@ def prepare_vae(config, device, resume=False):
         return load_vae(path, device)
     pairs = open_pairs(config.data, "train", config.seed)
 
+    skipped = Skipped("pictures", config.data.max_broken)
+
     def pictures(first, n):
-        return to_pixels(np.stack([pairs.pair(i)[1]() for i in range(first, first + n)]))
+        return to_pixels(np.stack([pixels for _, pixels in readable(pairs, first, n, skipped)]))
 
     print(f"1. the VAE ({config.autoencoder.steps:,} steps; to use it again: --vae {path})", flush=True)
     with Interrupt() as interrupt:
@@ -253,10 +259,10 @@ class Run:
             raise ValueError(f"{self.checkpoint}: is not a checkpoint of train.py")
         pairs = open_pairs(config.data, "train", config.seed)
         if state:
-            self.tokenizer = Tokenizer(state["tokenizer"])
+            self.tokenizer = restore_tokenizer(state["tokenizer"])
             self.vae = VAE(VAEConfig(**state["vae_config"])).to(self.device).eval()
         else:
-            self.tokenizer = Tokenizer.learn([pairs.pair(i)[0] for i in range(2000)], config.data.merges)
+            self.tokenizer = open_tokenizer(config.data, pairs)
             self.vae = prepare_vae(config, self.device, resume)
         c = config.model
         c.vocab_size, c.latent_channels = self.tokenizer.vocab_size, self.vae.config.latent_channels
@@ -273,12 +279,14 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
 
         def stream(split, data, rows):
-            documents = Documents(open_pairs(data, split, config.seed), self.tokenizer, data, config.diffusion.timesteps, config.seed)
+            pairs, text = open_pairs(data, split, config.seed), open_text(data, self.tokenizer, split, config.seed)
+            documents = Documents(pairs, self.tokenizer, data, config.diffusion.timesteps, config.seed, text, c.n_patches)
             return Stream(documents, data.seq_len, rows, c.n_patches)
 
         self.stream = stream("train", config.data, config.rows)
+        self.loader = Loader(self.stream, self.tokenizer, config.data.workers)
         held_out, self.validation = stream("held_out", config.data, min(config.rows, 8)), []
-        while held_out.state["next"] < config.eval_documents + Stream.LOOK_AHEAD:
+        while sum(len(row) for rows in self.validation for row in rows) < config.eval_documents:
             self.validation.append(next(held_out))
         self.step = 0
         if state:
@@ -289,7 +297,10 @@ class Run:
 
     def batch(self, rows):
         """Rows of documents -> a Batch on the device."""
-        return collate(rows, self.tokenizer, self.config.data.seq_len, self.config.model.n_patches).to(self.device)
+        errors = []
+        batch = collate(rows, self.tokenizer, self.config.data.seq_len, self.config.model.n_patches, errors)
+        self.loader.skipped.count(len(batch.images) + len(errors), errors)
+        return batch.to(self.device)
 
     def noise(self, batch, *key, t_draw=None):
         """Everything random about a batch, a function of the seed and `key` alone, so that any step can be repeated: clean
@@ -307,7 +318,7 @@ class Run:
         config, lr = self.config, learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batch = self.batch(next(self.stream))
+        batch = next(self.loader).to(self.device)
         x_0, t, eps = self.noise(batch, 1, self.step)
         with autocast(self.device):
             lm, per_image = losses(self.model, self.ddpm, batch, x_0, t, eps)
@@ -367,7 +378,7 @@ class Run:
         """Write the checkpoint: everything that going on, sampling and evaluating need."""
         parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "vae": self.vae}
         save_checkpoint(self.checkpoint, {
-            "config": asdict(self.config), "step": self.step, "stream": self.stream.state, "tokenizer": self.tokenizer.merges,
+            "config": asdict(self.config), "step": self.step, "stream": self.loader.state, "tokenizer": self.tokenizer.state(),
             "vae_config": asdict(self.vae.config), **{name: part.state_dict() for name, part in parts.items()},
         })  # fmt: skip
 
@@ -377,7 +388,8 @@ class Run:
                 raise ValueError(f"{self.checkpoint}: was trained with {name} {state['config']['model'].get(name)}, not {value}; give the options that it was started with")
         for name in ("model", "ema", "optimizer", "vae"):
             getattr(self, name).load_state_dict(state[name])
-        self.stream.state, self.step = state["stream"], state["step"]
+        self.stream.load_state(state["stream"])
+        self.step = state["step"]
 
 
 def train(config, resume=False):
