@@ -1,27 +1,40 @@
-"""The data: captioned pictures, as tokens, documents and batches (paper, section 3, "Data representation", and 4.1).
+"""The data: captioned pictures and text, as tokens, documents and batches (paper, section 3, "Data representation", and 4.1).
 
-    Tokenizer   byte-pair encoding learned from the captions, falling back to bytes; <BOI>, <EOI> and the like after it
+    Tokenizer   bytes, or byte-pair encoding learned from the captions; <BOS>, <EOS>, <BOI>, <EOI> and padding after its pieces
     Scenes      the built-in pictures: coloured shapes drawn with Pillow, and the captions that describe them exactly
-    Folder      your own pictures with same-named .txt captions
-    Documents   pairs in both orders: <BOS> caption <BOI> patches <EOI> <EOS>, or <BOS> <BOI> patches <EOI> caption <EOS>
+    Pairs       your own pictures with captions: a folder, tar shards or COCO; Text: your own text (skip them on a first reading)
+    Documents   pairs in both orders, <BOS> caption <BOI> patches <EOI> <EOS> or <BOS> <BOI> patches <EOI> caption <EOS>, and text
     Stream      documents packed into rows of a fixed length
     Batch       what travels from here to the loss; every other file reads it by these names
+    Loader      the batches of a stream, their pictures decoded ahead of need in other processes
 
-Everything is a function of (seed, index), so any position of the stream can be returned to.
+Everything is a function of (seed, index), so any position of the stream can be returned to, by any number of ranks.
 """
 
-import hashlib
+import io
 import itertools
+import json
+import os
 import re
-from collections import Counter
+import shutil
+import signal
+import struct
+import sys
+import tarfile
+import tempfile
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from attention_mask import PADDING, TEXT
 
@@ -32,21 +45,29 @@ NO_LOSS = -100  # a target that cross-entropy ignores
 class DataConfig:
     """What the documents are made of. Raises ValueError on a value out of range."""
 
-    data: str = ""  # folder of pictures with same-named .txt captions; "" = the built-in scenes
+    data: str = ""  # a folder of pictures with .txt captions, tar shards or COCO captions, or several: a,b.tar:2,c.json (:2 = drawn twice as often); "" = the scenes
+    text: str = ""  # .txt or .jsonl files, or folders of them, comma-separated; "" = sentences about scenes beside the scenes, none beside --data
+    text_fraction: float = 0.5  # share of all positions that is in documents of text alone (section 4.1: text and image tokens 1 : 1)
+    tokenizer: str = ""  # a tokenizer.json, read with the package tokenizers; "" = bytes and `merges`
+    merges: int = 0  # at most so many pairs of tokens are merged, as the captions suggest; 0 = plain bytes
     grammar: str = "places"  # of the built-in scenes: "places", "relations" or "rich"
     image_size: int = 256  # pixels a side
     seq_len: int = 4096  # tokens a row; documents are packed into it
-    merges: int = 512  # at most so many pairs are merged into tokens; 0 = plain bytes
     caption_first: float = 0.8  # share of pairs whose caption precedes the picture (section 4.1)
     drop_caption: float = 0.1  # share of caption-first pairs without the caption: the unconditional branch of guidance
     image_first_max_t: int = 500  # noise limit where the picture precedes its caption (section 4.3); 1000 = none
+    max_broken: float = 0.05  # training stops if more than this share of the pairs, pictures or texts cannot be used
+    workers: int = 4  # processes that decode pictures; 0 = none but the training's own
+    cache: str = ""  # folder for what is made once (tar indexes, tokenised text); "" = .transfusion beside the data, or else out/cache
 
     def __post_init__(self):
-        for name in ("caption_first", "drop_caption"):
+        for name in ("caption_first", "drop_caption", "text_fraction", "max_broken"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if self.seq_len < 1 or self.image_size < 1:
             raise ValueError(f"seq_len is {self.seq_len} and image_size {self.image_size}; both must be above 0")
+        if self.merges < 0 or self.workers < 0:
+            raise ValueError(f"merges is {self.merges} and workers {self.workers}; neither may be below 0")
         if self.grammar not in GRAMMARS:
             raise ValueError(f"grammar is {self.grammar!r}; it must be one of {', '.join(GRAMMARS)}")
 
@@ -56,7 +77,7 @@ class DataConfig:
 
 class Tokenizer:
     """Byte-pair encoding (Sennrich et al. 2016): ids 0..255 are bytes, then one id per merge, then the five special tokens.
-    `merges` is all of its state; without merges it is a plain byte tokenizer, and with any it falls back to bytes."""
+    Without merges it is a plain byte tokenizer, and with any it falls back to bytes."""
 
     def __init__(self, merges=()):
         self.merges = [tuple(pair) for pair in merges]
@@ -109,14 +130,27 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids, without special tokens. Any text can be encoded, and decodes to itself."""
-        return list(self._merge(tuple(i for word in re.findall(WORD, text) for i in self._encode_word(word))))
+        if not self.merges:
+            return list(text.encode())
+        words, ids = re.findall(WORD, text), []
+        for i in range(0, len(words), 32):  # phrases are looked for in stretches of 32 words: merging takes quadratic time
+            ids += self._merge(tuple(i for word in words[i : i + 32] for i in self._encode_word(word)))
+        return ids
 
     def decode(self, ids):
         """Ids -> str; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.pieces[i] for i in ids if i < len(self.pieces)).decode(errors="replace")
 
 
-WORD = re.compile(r"\s*\S+|\s+")  # a word with the space before it
+    def state(self):
+        """What a checkpoint keeps of it: plain values, for `restore_tokenizer`."""
+        return {"merges": self.merges}
+
+    def __reduce__(self):  # how it travels to worker processes that are not forked
+        return restore_tokenizer, (self.state(),)
+
+
+WORD = re.compile(r"\s{0,64}\S{1,64}|\s{1,64}")  # a word with the space before it
 
 
 def _replace(ids, pair, new):
@@ -229,7 +263,7 @@ def held_out_combination(*pairs):
     """Is this combination of two objects, ((colour, kind), (colour, kind)), one of the 15 % never trained on? Order,
     places and wording play no part, and neither does any seed: the split is the same for every run and for the VAE."""
     name = "|".join(" ".join(pair) for pair in sorted(pairs))
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < 15
+    return int(sha256(name.encode()).hexdigest(), 16) % 100 < 15
 
 
 class Scenes:
@@ -296,83 +330,630 @@ class Scenes:
         scene = self.example(index)
         return scene.caption, scene.render
 
+    def captions(self, index):
+        """All that is written about picture number `index`."""
+        return [self.example(index).caption]
 
-# ---- Your own pictures ----------------------------------------------------------------------------------------------
+    def name(self, index):
+        """What messages call it."""
+        return f"scene {index}"
 
 
-class Folder:
-    """Pictures (.png, .jpg, .jpeg, .webp, .bmp) with captions in .txt files of the same name. Every tenth pair, by a hash
-    of its name, is the "held_out" split; the rest is "train", in a new order each epoch. "seen" is a part of "train".
+class SceneText:
+    """Text without pictures beside the scenes: one to twelve sentences, each about a scene of its own; the same splits.
+    ids(i) is always the same list of at most seq_len - 1 tokens."""
 
-    Raises ValueError if the folder holds no such pair, or a caption is missing, empty or not UTF-8.
-    """
+    OPENINGS = ("There is", "I see", "The picture shows", "Here we have", "Somebody drew", "Then comes")
 
-    SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-    SPLITS = ("train", "seen", "held_out")
+    def __init__(self, config, tokenizer, split="train", seed=0):
+        self.scenes, self.tokenizer, self.most = Scenes(config.grammar, 0, split, seed), tokenizer, config.seq_len - 1
 
-    def __init__(self, path, image_size, split="train", seed=0):
-        self.image_size, self.seed = image_size, seed
-        pictures = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in self.SUFFIXES) if Path(path).is_dir() else []
-        if not pictures:
-            raise ValueError(f"{path}: no pictures here; --data wants a folder of {', '.join(self.SUFFIXES)} files with same-named .txt captions")
-        if len(pictures) < 2:
-            raise ValueError(f"{path}: holds one picture; at least two are needed, one of them to be held out")
-        held_out = {p: int(hashlib.sha256(p.stem.encode()).hexdigest(), 16) % 10 == 0 for p in pictures}
-        if not 0 < sum(held_out.values()) < len(pictures):  # a handful of files: the first is the held-out one
-            held_out = {p: p == pictures[0] for p in pictures}
-        self.pictures = [p for p in pictures if held_out[p] == (split == "held_out")]
-        self.captions = [self._caption(p) for p in self.pictures]
-        self._order = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(self.pictures)))
-        self._load = lru_cache(maxsize=20_000)(lambda i: load_image(self.pictures[i], image_size))
+    def text(self, index):
+        """Text number `index`."""
+        rng = np.random.default_rng([self.scenes.seed, 8, index])
+        captions = [self.scenes.example(2**40 + 12 * index + k).caption for k in range(rng.integers(1, 13))]  # far from the pictures' scenes
+        return " ".join(f"{self.OPENINGS[rng.integers(len(self.OPENINGS))]} {caption}." for caption in captions)
 
-    @staticmethod
-    def _caption(picture):
-        text = picture.with_suffix(".txt")
-        try:
-            caption = text.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            raise ValueError(f"{picture}: has no caption; expected it in {text.name} beside it") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"{text}: is not UTF-8 text") from None
-        if not caption:
-            raise ValueError(f"{text}: is empty; write the picture's caption into it")
-        return caption
+    def ids(self, index):
+        """Text number `index` as tokens."""
+        return self.tokenizer.encode(self.text(index))[: self.most]
 
-    def pair(self, index):
-        """(caption, function that loads the picture); index runs on over the epochs."""
-        epoch, i = divmod(index, len(self.pictures))
-        i = int(self._order(epoch)[i])
-        return self.captions[i], lambda: self._load(i)
+
+# ---- Your own data: formats (skip this on a first reading) -----------------------------------------------------------
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others, whatever a file is called: Pillow runs a program for EPS
 
 
 def fit_image(image, image_size):
     """A PIL image as uint8 (image_size, image_size, 3): upright, on white, centre-cropped and resized (section 4.1)."""
+    image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is enough
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys to white
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
 
 
-def load_image(path, image_size):
-    """An image file as `fit_image` makes it. Raises ValueError, naming the file, if it is no readable image."""
+def load_image(file, image_size, name=None):
+    """An image file (a path, or a binary file with its name) as `fit_image` makes it; of an animation, the first frame.
+    Raises ValueError, naming it, if it is no readable image, or larger than Pillow's decompression-bomb limit."""
     try:
-        with Image.open(path) as image:
-            return fit_image(image, image_size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                return fit_image(image, image_size)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise ValueError(f"{file}: no such file") from None
     except Exception as error:  # Pillow raises many kinds for broken files: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from None
+        reason = "it is in none of the formats " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name or file}: cannot be read as an image ({reason})") from None
+
+
+@lru_cache(maxsize=None)
+def say(message):
+    """Print on stderr what somebody should know, once, whatever odd characters a file's name brings."""
+    print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr, flush=True)
+
+
+class Skipped:
+    """Counts what is left out, names each thing once on stderr, and raises ValueError when it is more than a share `most` of
+    what was seen, or of 100. what: the plural of what is counted."""
+
+    def __init__(self, what, most):
+        self.what, self.most, self.seen, self.skipped = what, most, 0, 0
+
+    def count(self, seen, messages=()):
+        """`seen` more things, of which those that `messages` name were left out."""
+        self.seen, self.skipped = self.seen + seen, self.skipped + len(messages)
+        for message in messages:
+            say(f"skipped: {message}")
+        if messages and self.skipped > self.most * max(self.seen, 100):
+            raise ValueError(f"{self.skipped} of {self.seen} {self.what} had to be left out, more than --max_broken {self.most:g} allows; the last: {messages[-1]}")
+
+
+class Found:
+    """What reading a source found: good records, and others by kind, with the first of each kind by name."""
+
+    def __init__(self, what):
+        self.what, self.good, self.bad, self.kinds, self.first = what, 0, 0, Counter(), {}
+
+    def skip(self, kind, name, lost=True):
+        """Leave `name` out, because it is of this kind. lost: it would have been a record."""
+        self.bad += lost
+        self.kinds[kind] += 1
+        self.first.setdefault(kind, name)
+
+    def report(self, source, most):
+        """One sentence on what was left out, "" if nothing. Raises ValueError if that is too much, or nothing is left."""
+        note = ", ".join(f"{n:,} {kind} (first: {self.first[kind]})" for kind, n in self.kinds.items())
+        if not self.good:
+            raise ValueError(f"{source}: holds {self.what} of no kind that can be used" + (f": {note}" if note else ""))
+        if self.bad > most * (self.good + self.bad):
+            raise ValueError(f"{source}: {self.bad:,} of {self.good + self.bad:,} {self.what} cannot be used, more than --max_broken {most:g} allows: {note}")
+        return f"{source}: {self.good:,} {self.what}; left out: {note}" if note else ""
+
+
+def stamp(paths):
+    """What changes whenever one of these files does."""
+    return [(str(path), s.st_size, s.st_mtime_ns) for path in paths for s in [os.stat(path)]]
+
+
+def write_table(records, blob, rows):
+    """Records (bytes, int, ...) one after the other into two binary files: the bytes end to end, and a row of int64 for each
+    record, first where its bytes end. So a table takes no Python object per record, and can be memory-mapped."""
+    end = 0
+    for data, *numbers in records:
+        end += len(data)
+        blob.write(data)
+        rows.write(struct.pack(f"={1 + len(numbers)}q", end, *numbers))
+
+
+def cached_table(source, key, records, found, most, columns, cache):
+    """The table of `records()`, made once and memory-mapped from then on -> blob (uint8), rows (n, columns). It lies in the
+    folder `cache`, else in .transfusion beside the source, else (if that cannot be written) in out/cache. key: what the
+    records depend on. Several processes may make it at the same time; the first to finish wins."""
+    source = Path(source)
+    name = f"{source.stem}-{sha256(repr((key, most)).encode()).hexdigest()[:16]}"
+    beside = (source if source.is_dir() else source.parent) / ".transfusion"
+    places = [Path(cache)] if cache else [beside, Path("out/cache")]
+    if not any((place / name).is_dir() for place in places):
+        for place in places:
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                partial = Path(tempfile.mkdtemp(dir=place))
+                break
+            except OSError as error:
+                if place == places[-1]:
+                    raise ValueError(f"--cache {place}: cannot be written to ({error.strerror}); name another folder with --cache") from None
+        try:
+            say(f"{source}: reading it once; what is found is kept in {place}")
+            with open(partial / "blob", "wb") as blob, open(partial / "rows", "wb") as rows:
+                write_table(records(), blob, rows)
+            (partial / "note.txt").write_text(found.report(source, most), encoding="utf-8", errors="backslashreplace")
+            partial.chmod(0o755)
+            try:
+                partial.rename(place / name)
+            except OSError:  # another process was faster
+                if not (place / name).is_dir():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    folder = next(place / name for place in places if (place / name).is_dir())
+    if note := (folder / "note.txt").read_text(encoding="utf-8"):
+        say(note)
+    return np.memmap(folder / "blob", np.uint8, "r"), np.memmap(folder / "rows", np.int64, "r").reshape(-1, columns)
+
+
+def held_out(name):
+    """Is what is called so one of the tenth that is never trained on?"""
+    return int(sha256(name.encode(errors="surrogateescape")).hexdigest(), 16) % 10 == 0
+
+
+def mix(*numbers):
+    """Integers to 64 well-mixed bits (splitmix64, Steele et al. 2014)."""
+    x, word = 0, 2**64 - 1
+    for n in numbers:
+        x = ((x ^ n) + 0x9E3779B97F4A7C15) & word
+        x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & word
+        x = ((x ^ x >> 27) * 0x94D049BB133111EB) & word
+        x ^= x >> 31
+    return x
+
+
+def shuffled(i, n, key):
+    """Where number i comes in the shuffle of 0..n-1 that the integer `key` picks. It needs no table: a Feistel network permutes
+    the numbers below the next power of 4, and is applied again to what falls outside (Black & Rogaway 2002)."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = i >> half, i & ((1 << half) - 1)
+        for turn in range(4):
+            left, right = right, left ^ (mix(key, turn, right) & ((1 << half) - 1))
+        i = left << half | right
+        if i < n:
+            return i
+
+
+def interleave(index, weights, seed):
+    """Which of several sources number `index` comes from, and its number there. Each source is used in proportion to its weight,
+    at irregular intervals, and walked through in order 0, 1, 2, ... but for a shuffle of neighbours."""
+    if len(weights) == 1:
+        return 0, index
+    block, i = divmod(index, 1024)
+    index = 1024 * block + shuffled(i, 1024, mix(seed, 9, block))
+    for which in range(len(weights) - 1):
+        share = round(weights[which] / sum(weights[which:]) * 2**32)  # of those that the sources before have left
+        before = index * share >> 32
+        if (index + 1) * share >> 32 > before:
+            return which, before
+        index -= before
+    return len(weights) - 1, index
+
+
+class Pairs:
+    """Pictures with captions, whose path is one of three things:
+
+    a folder of pictures (.png, .jpg, ...) with captions in .txt files of the same name;
+    a tar, or a folder of tars, as img2dataset and WebDataset write them: 000.jpg beside 000.txt, or 000.json with a "caption";
+    COCO's captions JSON, the pictures' folder beside it; each epoch takes another one of a picture's captions.
+
+    Every tenth pair, by a hash of its name, is the "held_out" split; the rest is "train", in a new order each epoch. "seen" is
+    a part of "train". Tars and JSON are indexed once (`cached_table`), then read at random by offset; nothing is unpacked.
+    What cannot be used is left out and counted. Raises ValueError if that is more than `max_broken` of all, or all.
+    """
+
+    SPLITS = ("train", "seen", "held_out")
+
+    def __init__(self, path, image_size, split="train", seed=0, max_broken=0.05, cache=""):
+        self.options = path, image_size, split, seed, max_broken, cache
+        self.image_size, self.seed, self.root, self.shards = image_size, seed, Path(path), []
+        found = Found("pictures with captions")
+        if self.root.suffix.lower() == ".json":
+            if not self.root.is_file():
+                raise ValueError(f"{path}: no such file")
+            self.root, records, key = coco_folder(self.root), lambda: coco_records(path, self.root, found), stamp([path])
+        elif self.root.suffix.lower() == ".tar" or any(self.root.rglob("*.tar")):
+            self.shards = sorted(self.root.rglob("*.tar")) if self.root.is_dir() else [self.root]
+            self.root, records = Path(), lambda: tar_records(self.shards, found)
+            if not all(shard.is_file() for shard in self.shards):
+                raise ValueError(f"{path}: no such file")
+            key = stamp(self.shards)
+        else:
+            key = None
+        if key:
+            self.blob, rows = cached_table(path, key, records, found, max_broken, 5, cache)
+        else:
+            files = io.BytesIO(), io.BytesIO()
+            write_table(folder_records(self.root, found), *files)
+            if note := found.report(path, max_broken):
+                say(note)
+            self.blob, rows = np.frombuffer(files[0].getbuffer(), np.uint8), np.frombuffer(files[1].getbuffer(), np.int64).reshape(-1, 5)
+        self.rows = rows  # where the text ends, number of the tar, offset, size, 1 if held out
+        if len(rows) < 2:
+            raise ValueError(f"{path}: holds one picture with a caption; at least two are needed, one of them to be held out")
+        out = rows[:, 4] > 0 if 0 < rows[:, 4].sum() < len(rows) else np.arange(len(rows)) == 0  # of a handful, the first is the held-out one
+        self.members = np.flatnonzero(out == (split == "held_out"))
+        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(self._read)  # at most 64 MB of pixels
+
+    def __len__(self):
+        return len(self.members)
+
+    def __reduce__(self):
+        return Pairs, self.options
+
+    def _at(self, index):
+        """Row of pair number `index`, and which epoch that is in."""
+        epoch, k = divmod(index, len(self))
+        return int(self.members[shuffled(k, len(self), mix(self.seed, epoch))]), epoch
+
+    def _text(self, row):
+        """Name and captions of a row."""
+        start = self.rows[row - 1, 0] if row else 0
+        return self.blob[start : self.rows[row, 0]].tobytes().decode(errors="surrogateescape").split("\0")
+
+    def _read(self, row):
+        name, (_, shard, offset, size, _) = self._text(row)[0], self.rows[row]
+        if not self.shards:
+            return load_image(self.root / name, self.image_size)
+        with open(self.shards[shard], "rb") as file:
+            file.seek(offset)
+            return load_image(io.BytesIO(file.read(size)), self.image_size, f"{self.shards[shard]}: {name}")
+
+    def pair(self, index):
+        """(caption, function that loads the picture, which raises ValueError if it is broken); index runs on over the epochs."""
+        row, epoch = self._at(index)
+        _, *captions = self._text(row)
+        return captions[(row + epoch) % len(captions)], lambda: self._load(row)
+
+    def captions(self, index):
+        """All that is written about the picture of pair number `index`."""
+        return self._text(self._at(index)[0])[1:]
+
+    def name(self, index):
+        """The file that pair number `index` is in."""
+        row = self._at(index)[0]
+        name = self._text(row)[0]
+        return f"{self.shards[self.rows[row, 1]]}: {name}" if self.shards else str(self.root / name)
+
+
+def clean_caption(text):
+    """A caption as it is kept, "" if it is none."""
+    return text.strip().replace("\0", " ").encode(errors="replace").decode() if isinstance(text, str) else ""
+
+
+def record(name, captions, shard=0, offset=0, size=0):
+    """One row of the table of Pairs."""
+    return "\0".join([name, *captions]).encode(errors="surrogateescape"), shard, offset, size, held_out(Path(name).stem)
+
+
+def folder_records(root, found):
+    """The pairs of a folder."""
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; --data wants a folder of pictures with same-named .txt captions, tars, or COCO captions in a .json")
+    files = {os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names}
+    pictures = sorted(name for name in files if name.lower().endswith(SUFFIXES))
+    if not pictures:
+        raise ValueError(f"{root}: no pictures here; --data wants {', '.join(SUFFIXES)} files with same-named .txt captions, or tars of them")
+    for name in pictures:
+        text = os.path.splitext(name)[0] + ".txt"
+        if text not in files:
+            found.skip("without a caption", name)
+            continue
+        try:
+            caption = clean_caption((root / text).read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError:
+            found.skip("with a caption that is not UTF-8", text)
+            continue
+        if not caption:
+            found.skip("with an empty caption", text)
+            continue
+        found.good += 1
+        yield record(name, [caption])
+    stems = {os.path.splitext(name)[0] for name in pictures}
+    for name in sorted(files):
+        if name.lower().endswith(".txt") and name[:-4] not in stems:
+            found.skip("captions without a picture", name, lost=False)
+
+
+def tar_records(shards, found):
+    """The pairs of some tars. Nothing is written; a member's name is a label, and a link is never followed."""
+    for number, shard in enumerate(tqdm(shards, desc="index", disable=len(shards) < 10)):
+        parts, size = {}, shard.stat().st_size  # name without suffix -> {suffix: (offset, size)}
+        with open(shard, "rb") as file:
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    while (member := tar.next()) is not None:
+                        tar.members.clear()  # or it would keep every one
+                        name = "".join(c if c.isprintable() else "?" for c in member.name)
+                        stem, suffix = os.path.splitext(name)
+                        suffix = suffix.lower()
+                        if member.isdir():
+                            continue
+                        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                            found.skip("links and special files", f"{shard}: {name}", lost=False)
+                        elif name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+                            found.skip("names that lead out of the tar", f"{shard}: {name}", lost=suffix in SUFFIXES)
+                        elif member.offset_data + member.size > size:
+                            found.skip("cut short", f"{shard}: {name}")
+                        elif suffix in SUFFIXES or suffix in (".txt", ".json"):
+                            if suffix in parts.setdefault(stem, {}):
+                                found.skip("names that come twice (the last one counts)", f"{shard}: {name}", lost=False)
+                            parts[stem][suffix] = member.offset_data, member.size
+                    file.seek(tar.offset)
+                    if file.read(512) != bytes(512):  # a tar ends with zeros
+                        found.skip("tars cut short or damaged", shard, lost=False)
+            except tarfile.ReadError as error:
+                if not parts:
+                    raise ValueError(f"{shard}: is not an uncompressed tar, or is broken from the start ({error})") from None
+                found.skip("tars cut short or damaged", shard, lost=False)
+            for stem, files in parts.items():
+                picture = next((suffix for suffix in SUFFIXES if suffix in files), None)
+                if not picture:
+                    found.skip("captions without a picture", f"{shard}: {stem}", lost=False)
+                    continue
+                caption = ""
+                for suffix in (".txt", ".json"):
+                    if suffix in files and not caption:
+                        file.seek(files[suffix][0])
+                        try:
+                            text = file.read(files[suffix][1]).decode("utf-8-sig")
+                            caption = clean_caption(text if suffix == ".txt" else json.loads(text).get("caption"))
+                        except (ValueError, AttributeError, RecursionError):  # not UTF-8, not JSON, not an object
+                            pass
+                if caption:
+                    found.good += 1
+                    yield record(stem + picture, [caption], number, *files[picture])
+                elif len(files) > 1:
+                    found.skip("with a caption that is empty, or not UTF-8, or no JSON", f"{shard}: {stem}")
+                else:
+                    found.skip("without a caption", f"{shard}: {stem}{picture}")
+
+
+def read_coco(path):
+    """(images, annotations) of a COCO captions file. Raises ValueError if it is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        images = {image["id"]: image["file_name"] for image in content["images"]}
+        captions = {}
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        if not all(isinstance(name, str) for name in images.values()):
+            raise TypeError
+        return images, captions, len(content["images"]) - len(images)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f'{path}: is not COCO captions ({type(error).__name__}: {error}); expected {{"images": [{{"id", "file_name"}}, ...], '
+                         f'"annotations": [{{"image_id", "caption"}}, ...]}}') from None  # fmt: skip
+
+
+def coco_folder(path):
+    """The folder of the pictures that COCO captions describe: near the JSON, wherever the first of them is."""
+    images = read_coco(path)[0]
+    part = path.stem.removeprefix("captions_")
+    folders = [parent / child for parent in (path.parent, path.parent.parent) for child in (".", "images", part, f"images/{part}", path.stem)]
+    for folder in folders:
+        if any((folder / name).is_file() for name in itertools.islice(images.values(), 10)):
+            return folder
+    raise ValueError(f"{path}: its pictures ({', '.join(itertools.islice(images.values(), 2))}, ...) are not there; looked in {', '.join(map(str, folders))}")
+
+
+def coco_records(path, root, found):
+    """The pictures of COCO captions, each with all its captions."""
+    images, captions, twice = read_coco(path)
+    for number in range(twice):
+        found.skip("images with an id that was there before", path, lost=False)
+    for image, name in images.items():
+        texts = [text for text in map(clean_caption, captions.pop(image, [])) if text]
+        if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
+            found.skip("names that lead out of the folder", name)
+        elif not texts:
+            found.skip("without a caption", name)
+        elif not (root / name).is_file():
+            found.skip("without the picture", root / name)
+        else:
+            found.good += 1
+            yield record(name, texts)
+    for image in captions:
+        found.skip("captions of unknown images", f"image_id {image}", lost=False)
+
+
+class Mixture:
+    """Several Pairs as one, each drawn from in proportion to its weight. Epochs are each source's own."""
+
+    def __init__(self, sources, weights, seed=0):
+        self.sources, self.weights, self.seed = sources, weights, seed
+
+    def __len__(self):
+        return sum(map(len, self.sources))
+
+    def _at(self, index):
+        which, number = interleave(index, self.weights, self.seed)
+        return self.sources[which], number
+
+    def pair(self, index):
+        """As Pairs.pair."""
+        source, number = self._at(index)
+        return source.pair(number)
+
+    def captions(self, index):
+        """As Pairs.captions."""
+        source, number = self._at(index)
+        return source.captions(number)
+
+    def name(self, index):
+        """As Pairs.name."""
+        source, number = self._at(index)
+        return source.name(number)
 
 
 def open_pairs(config, split="train", seed=0):
-    """The source that a DataConfig names: Scenes or a Folder, cut to a split."""
-    if config.data:
-        return Folder(config.data, config.image_size, split, seed)
-    return Scenes(config.grammar, config.image_size, split, seed)
+    """The source of pairs that a DataConfig names, cut to a split: Scenes, Pairs, or a Mixture. Raises ValueError, saying what is wrong."""
+    if not config.data:
+        return Scenes(config.grammar, config.image_size, split, seed)
+    sources, weights = [], []
+    for item in [config.data] if Path(config.data).exists() else config.data.split(","):
+        path, colon, weight = item.rpartition(":")
+        if not colon or not re.fullmatch(r"[0-9.]+", weight) or Path(item).exists():
+            path, weight = item, 1
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise ValueError(f"--data {item}: {weight!r} is no weight") from None
+        if not path or weights[-1] <= 0:
+            raise ValueError(f"--data {config.data}: wants paths with commas between them, each with a weight above 0 if any, as in a:2,b.tar")
+        sources.append(Pairs(path, config.image_size, split, seed, config.max_broken, config.cache))
+    return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]
 
+
+def readable(pairs, first, n, skipped=None):
+    """The next n pairs from number `first` on whose pictures can be read -> list of (caption, uint8 pixels). skipped: counts the
+    others. Raises ValueError if a hundred in a row cannot be read."""
+    examples, errors = [], []
+    for index in itertools.count(first):
+        if len(examples) == n:
+            if skipped:
+                skipped.count(n + len(errors), errors)
+            return examples
+        caption, load = pairs.pair(index)
+        try:
+            examples.append((caption, load()))
+        except ValueError as error:
+            errors.append(str(error))
+            if len(errors) >= 100 + n:
+                raise
+
+
+class TextFiles:
+    """Your own text, tokenised once into a memory-mapped file (`cached_table`): UTF-8 .txt files, each a document, .jsonl files
+    with a "text" on every line, or folders of them. Documents are cut into pieces that fit a row. Every tenth piece, by a hash
+    of where it is, is the "held_out" split; the rest is "train", in a new order each epoch. ids(i) is a list of tokens."""
+
+    def __init__(self, config, tokenizer, split="train", seed=0):
+        self.options = config, tokenizer, split, seed
+        self.seed, paths = seed, [Path(path) for path in config.text.split(",")]
+        for path in paths:
+            if not path.exists():
+                raise ValueError(f"--text {path}: no such file or folder")
+        files = [file for path in paths for file in (sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path])]
+        if not files:
+            raise ValueError(f"--text {config.text}: no .txt or .jsonl files here")
+        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+        found = Found("texts")
+
+        def records():
+            for file in files:
+                for where, text in read_jsonl(file, found) if file.suffix in (".jsonl", ".json") else read_txt(file):
+                    ids = np.array(tokenizer.encode(text), self.dtype)
+                    found.good += 1
+                    for start in range(0, len(ids), config.seq_len - 1):
+                        yield ids[start : start + config.seq_len - 1].tobytes(), held_out(f"{file.name}:{where}:{start}")
+
+        key = stamp(files), config.seq_len, sha256(repr(tokenizer.state()).encode()).hexdigest()
+        blob, self.rows = cached_table(paths[0], key, records, found, config.max_broken, 2, config.cache)
+        self.tokens = blob.view(self.dtype)
+        if len(self.rows) < 2:
+            raise ValueError(f"--text {config.text}: fits into one row; at least two pieces are needed, one of them to be held out")
+        out = self.rows[:, 1] > 0 if 0 < self.rows[:, 1].sum() < len(self.rows) else np.arange(len(self.rows)) == 0
+        self.members = np.flatnonzero(out == (split == "held_out"))
+
+    def __len__(self):
+        return len(self.members)
+
+    def __reduce__(self):
+        return TextFiles, self.options
+
+    def ids(self, index):
+        """Piece number `index`; it runs on over the epochs."""
+        epoch, k = divmod(index, len(self))
+        row = self.members[shuffled(k, len(self), mix(self.seed, epoch))]
+        start, end = (self.rows[row - 1, 0] if row else 0), self.rows[row, 0]
+        return self.tokens[start // self.tokens.itemsize : end // self.tokens.itemsize].tolist()
+
+
+def read_txt(path):
+    """A text file in stretches of whole lines -> (number, text)."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number in itertools.count():
+                if not (text := file.read(2**20) + file.readline()):
+                    return
+                yield number, text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {path}: is not UTF-8 text ({error.reason}); convert it, e.g. with iconv") from None
+
+
+def read_jsonl(path, found):
+    """The texts of a file of JSON lines -> (line number, text)."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = json.loads(line)["text"].encode(errors="replace").decode()
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                if line.strip():
+                    found.skip('lines that are no JSON object with a "text"', f"{path}:{number}")
+                continue
+            if text:
+                yield number, text
+
+
+def open_text(config, tokenizer, split="train", seed=0):
+    """The source of text alone that a DataConfig names, cut to a split: TextFiles, or SceneText beside the scenes; None = there is none."""
+    if not config.text_fraction:
+        return None
+    if config.text:
+        return TextFiles(config, tokenizer, split, seed)
+    return None if config.data else SceneText(config, tokenizer, split, seed)
+
+
+class JSONTokenizer:
+    """A tokenizer.json of the Hugging Face library `tokenizers`, with the five special tokens after its vocabulary. The interface
+    of Tokenizer. Raises ValueError if the package is missing or `text`, the file's content, is no such tokenizer."""
+
+    def __init__(self, text):
+        try:
+            from tokenizers import Tokenizer as Library
+        except ImportError:
+            raise ValueError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from None
+        try:
+            self.inner = Library.from_str(text)
+            self.n_pieces = 1 + max(self.inner.get_vocab(with_added_tokens=True).values())
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"is not a tokenizer.json of the package tokenizers ({str(error)[:100]})") from None
+        self.bos, self.eos, self.boi, self.eoi, self.pad = range(self.n_pieces, self.n_pieces + 5)
+        self.vocab_size = self.n_pieces + 5
+
+    def encode(self, text):
+        """str -> list of ids, without special tokens."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        """Ids -> str; special tokens are left out."""
+        return self.inner.decode([i for i in ids if i < self.n_pieces])
+
+    def state(self):
+        """What a checkpoint keeps of it: the whole file's text."""
+        return {"json": self.inner.to_str()}
+
+    def __reduce__(self):
+        return restore_tokenizer, (self.state(),)
+
+
+def restore_tokenizer(state):
+    """The tokenizer whose `state()` a checkpoint holds."""
+    return JSONTokenizer(state["json"]) if "json" in state else Tokenizer(state["merges"])
+
+
+def open_tokenizer(config, pairs):
+    """The tokenizer that a DataConfig names; merges are learned from the first 2000 captions. Raises ValueError, naming the file."""
+    if not config.tokenizer:
+        return Tokenizer.learn([pairs.pair(i)[0] for i in range(2000)], config.merges) if config.merges else Tokenizer()
+    try:
+        return JSONTokenizer(Path(config.tokenizer).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
+        raise ValueError(f"--tokenizer {config.tokenizer}: {reason}") from None
 
 # ---- Documents ------------------------------------------------------------------------------------------------------
 
@@ -381,23 +962,56 @@ def open_pairs(config, split="train", seed=0):
 class Picture:
     """An image inside a document, loaded only when its batch is made."""
 
-    load: Callable  # () -> uint8 (H, W, 3)
+    load: Callable  # () -> uint8 (H, W, 3); raises ValueError if that cannot be done
     max_t: int  # the largest timestep it may be noised to; 0: it is shown clean, as conditioning, and has no loss
+    instead: Callable | None = None  # () -> the document, no longer, that takes the place of this one if the picture is broken
 
 
 class Documents:
-    """document(index): a list of segments, each a list of token ids or a Picture, in one of the paper's two orders."""
+    """document(index): a list of segments, each a list of token ids or a Picture. Pairs come in the paper's two orders; between
+    them, text alone, so that it makes `text_fraction` of all positions (the documents' mean lengths are measured first).
 
-    def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0):
-        self.pairs, self.tokenizer, self.config, self.timesteps, self.seed = pairs, tokenizer, config, timesteps, seed
+    pairs: as Scenes or Pairs. text: as SceneText or TextFiles, or None. n_patches: positions a picture takes, needed with text
+    """
+
+    def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0, text=None, n_patches=0):
+        self.options = pairs, tokenizer, config, timesteps, seed, text, n_patches
+        self.pairs, self.tokenizer, self.config, self.timesteps, self.seed, self.text = self.options[:6]
+        self.weights = [1.0]  # of pairs and text, by number of documents
+        if text:
+            of_pair, of_text = (np.mean([length(make(i), n_patches) for i in range(500)]) for make in (self._pair, self._text))
+            self.weights = [(1 - config.text_fraction) / of_pair, config.text_fraction / of_text]
+        self._made = lru_cache(maxsize=1024)(self._make)  # the stream asks for a document's length, then for the document
 
     def __call__(self, index):
-        caption, load = self.pairs.pair(index)
+        return self._made(index)
+
+    def __reduce__(self):
+        return Documents, self.options
+
+    def _make(self, index):
+        is_text, number = interleave(index, self.weights, self.seed)
+        return self._text(number) if is_text else self._pair(number)
+
+    def _text(self, number):
+        return [self.text.ids(number)]
+
+    def _pair(self, number, attempt=0, room=0):
+        """Pair `number`; or, if its picture proves broken, the one `attempt` after it, without its caption if that needs more than `room`."""
+        caption, load = self.pairs.pair(number + attempt)
         ids = self.tokenizer.encode(caption)
-        order, drop = np.random.default_rng([self.seed, 7, index]).random(2)
-        if order >= self.config.caption_first:
-            return [Picture(load, min(self.config.image_first_max_t, self.timesteps)), ids]
-        return [[] if drop < self.config.drop_caption else ids, Picture(load, self.timesteps)]
+        order, drop = np.random.default_rng([self.seed, 7, number]).random(2)
+        caption_first = order < self.config.caption_first
+        if caption_first and drop < self.config.drop_caption or attempt and len(ids) > room:
+            ids = []
+        instead = (lambda: self._pair(number, attempt + 1, room if attempt else len(ids))) if attempt < 100 else None
+        picture = Picture(load, self.timesteps if caption_first else min(self.config.image_first_max_t, self.timesteps), instead)
+        return [ids, picture] if caption_first else [picture, ids]
+
+    def name(self, index):
+        """What messages call document `index`."""
+        is_text, number = interleave(index, self.weights, self.seed)
+        return f"text {number}" if is_text else self.pairs.name(number)
 
 
 def length(document, n_patches):
@@ -406,46 +1020,60 @@ def length(document, n_patches):
 
 
 class Stream:
-    """Documents packed into rows of seq_len positions, `rows` rows a step. Row r of every step is packed from documents r,
-    r + rows, r + 2 rows, ...; so any process can make any of them, and `mine` says which (default: all).
+    """Documents packed into rows of seq_len positions, `rows` rows a step. Row r is packed from documents r, r + rows, r + 2 rows,
+    ..., and from nothing else: whichever rows are `mine`, all ranks together make the rows that one process would.
 
-    Best fit with a look-ahead: a row takes the oldest waiting document, then the longest waiting ones that still fit.
-    Packing looks at lengths only; pictures are loaded by `collate`. `state` says where each row stands.
+    Best fit with a look-ahead: a row takes its oldest waiting document, then the longest waiting ones that still fit.
+    Packing looks at lengths only; pictures are loaded by `collate`. A document longer than a row is left out and counted.
+    state: {row: [its next document, those that wait]} of the rows that are mine. The union of all ranks' states says where the
+    whole stream stands, and can be given to any other set of ranks.
     """
 
-    LOOK_AHEAD = 24
+    LOOK_AHEAD = 16  # documents that wait for each row
 
     def __init__(self, document, seq_len, rows, n_patches, mine=None):
         self.document, self.seq_len, self.rows, self.n_patches = document, seq_len, rows, n_patches
-        self.state = {r: {"next": r, "waiting": []} for r in (range(rows) if mine is None else mine)}
-        self._open = {}  # the waiting documents and their lengths, by index
+        self.mine = list(range(rows) if mine is None else mine)
+        self.state = {r: [r, []] for r in self.mine}
+        self.skipped = Skipped(f"documents (with --seq_len {seq_len})", document.config.max_broken)
+        self._lengths = {}  # of the waiting documents
 
-    def _waiting(self, state):
-        while len(state["waiting"]) < self.LOOK_AHEAD:
-            state["waiting"].append(state["next"])
-            state["next"] += self.rows
-        for i in state["waiting"]:
-            if i not in self._open:
-                document = self.document(i)
-                n = length(document, self.n_patches)
+    def load_state(self, state):
+        """Go on from a state, which holds my rows and perhaps others. Raises ValueError if it is of a stream of other rows."""
+        if not set(self.mine) <= set(state):
+            raise ValueError(f"the stream was saved with {len(state)} rows a step and now has {self.rows}; give the --rows that it was started with")
+        self.state = {r: state[r] for r in self.mine}
+
+    def _length(self, i):
+        if i not in self._lengths:
+            self._lengths[i] = length(self.document(i), self.n_patches)
+        return self._lengths[i]
+
+    def numbers(self, r):
+        """Pack the next row r: the numbers of its documents, in order."""
+        (ahead, waiting), row, free = self.state[r], [], self.seq_len
+        waiting = list(waiting)  # states that were handed out stay as they are
+        while True:
+            while len(waiting) < self.LOOK_AHEAD:
+                n, too_long = self._length(ahead), []
                 if n > self.seq_len:
-                    raise ValueError(f"document {i} takes {n} positions and seq_len is {self.seq_len}: raise --seq_len or shorten its caption")
-                self._open[i] = document, n
-        return state["waiting"]
+                    too_long = [f"{self.document.name(ahead)} takes {n} positions and seq_len is {self.seq_len}; raise --seq_len or shorten its caption"]
+                else:
+                    waiting.append(ahead)
+                self.skipped.count(1, too_long)
+                ahead += self.rows
+            fitting = [i for i in waiting if self._length(i) <= free]
+            if not fitting:
+                self.state[r] = [ahead, waiting]
+                return row
+            i = max(fitting, key=self._length) if row else fitting[0]
+            waiting.remove(i)
+            row.append(i)
+            free -= self._lengths.pop(i)
 
     def __next__(self):
-        """The next rows: a list of lists of documents."""
-        rows = []
-        for state in self.state.values():
-            row, free = [], self.seq_len
-            while fitting := [i for i in self._waiting(state) if self._open[i][1] <= free]:
-                i = fitting[0] if not row else max(fitting, key=lambda i: self._open[i][1])
-                state["waiting"].remove(i)
-                document, n = self._open.pop(i)
-                row.append(document)
-                free -= n
-            rows.append(row)
-        return rows
+        """My rows of the next step: a list of lists of documents."""
+        return [[self.document(i) for i in self.numbers(r)] for r in self.mine]
 
 
 @dataclass
@@ -470,8 +1098,22 @@ def to_pixels(images):
     return torch.as_tensor(np.asarray(images)).movedim(-1, -3).float() / 127.5 - 1
 
 
-def collate(rows, tokenizer, seq_len, n_patches):
-    """Lay rows of documents out as a Batch.
+def load_pictures(document, errors):
+    """-> (document, its pictures' pixels); if one cannot be read, those of the document that takes its place."""
+    while True:
+        pictures = [segment for segment in document if isinstance(segment, Picture)]
+        try:
+            return document, [picture.load() for picture in pictures]
+        except ValueError as error:
+            if errors is None or not pictures[0].instead:
+                raise
+            errors.append(str(error))
+            document = pictures[0].instead()
+
+
+def collate(rows, tokenizer, seq_len, n_patches, errors=None):
+    """Lay rows of documents out as a Batch. Of a document whose picture cannot be read, another takes the place, and the list
+    `errors` says why; without such a list, ValueError is raised.
 
     A position's target is the next token of its document, <EOS> after the last. There is none where the input is <BOI>
     (footnote 8) or a patch; so <BOI> is a target, <EOI> is not (it is inserted, never sampled), and <EOI> as input
@@ -484,12 +1126,13 @@ def collate(rows, tokenizer, seq_len, n_patches):
     for b, row in enumerate(rows):
         start = 0
         for d, document in enumerate(row):
-            ids, owner = [tokenizer.bos], [TEXT]
+            document, pixels = load_pictures(document, errors)
+            ids, owner, pixels = [tokenizer.bos], [TEXT], iter(pixels)
             for segment in document:
                 if isinstance(segment, Picture):
                     ids += [tokenizer.boi] + [tokenizer.pad] * n_patches + [tokenizer.eoi]
                     owner += [TEXT] + [len(images)] * n_patches + [TEXT]
-                    images.append(segment.load())
+                    images.append(next(pixels))
                     max_t.append(segment.max_t)
                 else:
                     ids += segment
@@ -501,17 +1144,81 @@ def collate(rows, tokenizer, seq_len, n_patches):
             targets[b, here] = np.where(has_loss, np.append(ids[1:], tokenizer.eos), NO_LOSS)
             positions[b, here] = np.arange(len(ids))
             start += len(ids)
-    pixels = to_pixels(np.stack(images)) if images else torch.zeros(0, 3, 1, 1)
-    return Batch(*map(torch.from_numpy, (tokens, targets, image_id, doc_id, positions)), pixels, torch.tensor(max_t, dtype=torch.long))
+    images = to_pixels(np.stack(images)) if images else torch.zeros(0, 3, 1, 1)
+    return Batch(*map(torch.from_numpy, (tokens, targets, image_id, doc_id, positions)), images, torch.tensor(max_t, dtype=torch.long))
+
+
+class Loader:
+    """The batches of a stream, in order, `batch_rows` of its rows at a time (default: all of them, a whole step).
+
+    workers: processes that load pictures ahead of need; 0 = they are loaded when asked for. Batches are the same either way
+    state: of the stream, after the batches handed out so far; to go on from there, `stream.load_state` before the first `next`
+    skipped: counts pictures that could not be read. Raises ValueError when they are too many, OSError if a worker dies.
+    """
+
+    def __init__(self, stream, tokenizer, workers=0, batch_rows=None):
+        self.stream, self.tokenizer, self.workers = stream, tokenizer, workers
+        self.batch_rows = batch_rows or len(stream.mine)
+        self.skipped = Skipped("pictures", stream.document.config.max_broken)
+        self._states, self._batches = deque(), None
+
+    @property
+    def state(self):
+        """Where the stream stands for who has used all the batches handed out, and no more."""
+        return self.stream.state if self._batches is None else self._state
+
+    def _keys(self):
+        """The documents' numbers in the rows of each batch, for ever."""
+        stream = self.stream
+        while True:
+            for i in range(0, len(stream.mine), self.batch_rows):
+                rows = [stream.numbers(r) for r in stream.mine[i : i + self.batch_rows]]
+                self._states.append(dict(stream.state))
+                yield rows
+
+    def __getitem__(self, rows):
+        """One batch, made where DataLoader wants it. Errors travel as values: a worker would raise them with its traceback."""
+        stream, errors = self.stream, []
+        try:
+            rows = [[stream.document(i) for i in row] for row in rows]
+            return collate(rows, self.tokenizer, stream.seq_len, stream.n_patches, errors), errors
+        except (ValueError, OSError) as error:
+            return error, errors
+
+    def __getstate__(self):
+        return vars(self) | {"_states": None, "_batches": None}  # what a worker needs
+
+    def __next__(self):
+        """The next Batch."""
+        if self._batches is None:
+            self._state = dict(self.stream.state)
+            self._batches = iter(DataLoader(self, batch_size=None, sampler=self._keys(), num_workers=self.workers, worker_init_fn=leave_signals,
+                                            generator=torch.Generator()))  # fmt: skip
+        try:
+            batch, errors = next(self._batches)
+        except RuntimeError as error:
+            raise OSError(f"a process that loads pictures has died ({error}); out of memory, perhaps: try fewer --workers") from None
+        if isinstance(batch, Exception):
+            raise batch
+        self._state = self._states.popleft()
+        self.skipped.count(len(batch.images) + len(errors), errors)
+        return batch
+
+
+def leave_signals(worker):
+    """In a worker: Ctrl-C is for the training process, which then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 if __name__ == "__main__":
-    scenes = Scenes()
-    tokenizer = Tokenizer.learn([scenes.example(i).caption for i in range(1000)], 512)
-    stream = Stream(Documents(scenes, tokenizer, DataConfig(image_size=32)), seq_len=128, rows=8, n_patches=16)
-    batch = collate(next(stream), tokenizer, 128, 16)
+    scenes, config = Scenes(), DataConfig(image_size=32, seq_len=128, merges=512)
+    tokenizer = open_tokenizer(config, scenes)
+    documents = Documents(scenes, tokenizer, config, text=open_text(config, tokenizer), n_patches=16)
+    batch = next(Loader(Stream(documents, config.seq_len, rows=8, n_patches=16), tokenizer))
     print(f"vocabulary {tokenizer.vocab_size}; one batch: {len(batch.images)} images, {(batch.doc_id >= 0).float().mean():.1%} filled")
     names = {tokenizer.bos: "<BOS>", tokenizer.boi: "<BOI>", tokenizer.eoi: "<EOI>", tokenizer.pad: "#"}
     for split in Scenes.SPLITS:
         print(f"{split:>10}: " + "; ".join(Scenes(split=split).example(i).caption for i in range(2)))
-    print("first row:", " ".join(names.get(i) or repr(tokenizer.decode([i])) for i in batch.tokens[0].tolist()))
+    for row in batch.tokens[:2].tolist():
+        print("row:", " ".join(names.get(i) or repr(tokenizer.decode([i])) for i in row))

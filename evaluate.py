@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from attention_mask import transfusion_mask
-from data import BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, DataConfig, Folder, Scenes, collate, open_pairs, sprite
+from data import BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, DataConfig, Pairs, Scenes, collate, open_pairs, readable, sprite
 from sample import Parser, generate, load, newest_checkpoint, pick_device
 
 ASPECTS = ("all", "number", "colours", "shapes", "relation")
@@ -237,12 +237,12 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x):
     own word for word (drawn pictures have no exact judge there).
     """
     data = DataConfig(**trained.config["data"])
-    splits = Folder.SPLITS[1:] if data.data else Scenes.SPLITS[1:]
+    splits = Pairs.SPLITS[1:] if data.data else Scenes.SPLITS[1:]
     scores = {"judged": judged, "seed": seed, "splits": {}}
     for split in progress(splits):
         pairs = open_pairs(data, split, seed)
-        n = min(judged, len(pairs.pictures)) if data.data else judged
-        captions, pictures = zip(*((caption, load()) for caption, load in map(pairs.pair, range(n))))
+        n = min(judged, len(pairs)) if data.data else judged
+        captions, pictures = zip(*readable(pairs, 0, n))
         written = write_captions(trained, pictures)
         if data.data:
             found = {"captions": {"all": float(np.mean([a == b for a, b in zip(written, captions)]))}}

@@ -30,7 +30,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from attention_mask import transfusion_mask
-from data import Picture, Tokenizer, collate, fit_image, length, load_image
+from data import Picture, Tokenizer, collate, fit_image, length, load_image, restore_tokenizer
 from diffusion import DDPM, guide
 from model import KVCache, Transfusion, TransfusionConfig
 from vae import VAE, VAEConfig, load_checkpoint
@@ -64,7 +64,7 @@ def load(path, device="cpu"):
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not have the sizes of its configuration ({str(error).splitlines()[-1].strip()})") from None
     ddpm = DDPM(**config["diffusion"])
-    return Trained(model.to(device).eval(), vae.to(device).eval(), ddpm.to(device), Tokenizer(state["tokenizer"]), config)
+    return Trained(model.to(device).eval(), vae.to(device).eval(), ddpm.to(device), restore_tokenizer(state["tokenizer"]), config)
 
 
 # ---- The engine -----------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from attention_mask import flex_mask, transfusion_mask
-from data import NO_LOSS, DataConfig, Documents, Stream, Tokenizer, collate, open_pairs, to_pixels
+from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer, to_pixels
 from diffusion import DDPM, DiffusionConfig
 from evaluate import evaluate, format_scores
 from model import SIZES, Transfusion, TransfusionConfig, training_flops
@@ -112,6 +112,9 @@ SMALL = dict(
     data=dict(
         grammar="places", image_size=32,
         seq_len=112,  # four pictures with captions and hardly a gap
+        merges=512,  # "at the top" is one token instead of eleven bytes
+        text_fraction=0.0,  # departs (0.5): the captions are all the text there is to learn
+        workers=0,  # a scene is drawn faster than sent from another process
         caption_first=0.45,  # departs (0.8): drawing is learned sooner than describing, so most pairs teach the latter
         image_first_max_t=0,  # departs (500): a picture that is to be described is clean, as it will be when it is asked about
     ),
@@ -356,8 +359,10 @@ def prepare_vae(config, device, resume=False):
         return load_vae(path, device)
     pairs = open_pairs(config.data, "train", config.seed)
 
+    skipped = Skipped("pictures", config.data.max_broken)
+
     def pictures(first, n):
-        return to_pixels(np.stack([pairs.pair(i)[1]() for i in range(first, first + n)]))
+        return to_pixels(np.stack([pixels for _, pixels in readable(pairs, first, n, skipped)]))
 
     print(f"1. the VAE ({config.autoencoder.steps:,} steps; to use it again: --vae {path})", flush=True)
     with Interrupt() as interrupt:
@@ -389,12 +394,11 @@ class Run:
         if state and not {"optimizer", "tokenizer", "stream"} <= set(state):
             raise ValueError(f"{self.checkpoint}: is not a checkpoint of train.py")
         if state:
-            self.tokenizer = Tokenizer(state["tokenizer"])
+            self.tokenizer = restore_tokenizer(state["tokenizer"])
             self.vae = VAE(VAEConfig(**state["vae_config"])).to(self.device).eval()
             self.vae.load_state_dict(state["vae"])
         else:
-            pairs = open_pairs(config.data, "train", config.seed)
-            self.tokenizer = Tokenizer.learn([pairs.pair(i)[0] for i in range(2000)], config.data.merges)
+            self.tokenizer = open_tokenizer(config.data, open_pairs(config.data, "train", config.seed))
             self.vae = self._prepare_vae(resume)
         c = config.model
         c.vocab_size, c.latent_channels = self.tokenizer.vocab_size, self.vae.config.latent_channels
@@ -411,9 +415,9 @@ class Run:
         groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
 
-        self.stream = self._stream("train", config.rows)
-        held_out, self.validation = self._stream("held_out", self.ranks * max(1, min(config.rows, 8) // self.ranks)), []
-        while sum(len(row) for rows in self.validation for row in rows) * self.ranks < config.eval_documents:
+        self.loader = self._loader("train", config.rows, config.data.workers, config.micro_rows)
+        held_out, self.validation = self._loader("held_out", self.ranks * max(1, min(config.rows, 8) // self.ranks)), []
+        while sum(len(batch.images) for batch in self.validation) * self.ranks < config.eval_documents:
             self.validation.append(next(held_out))
         self.step = 0
         if state:
@@ -436,11 +440,13 @@ class Run:
             dist.barrier()
         return vae
 
-    def _stream(self, split, rows):
+    def _loader(self, split, rows, workers=0, batch_rows=0):
         """This process's share of a split: every `ranks`-th of so many rows a step."""
-        config = self.config
-        documents = Documents(open_pairs(config.data, split, config.seed), self.tokenizer, config.data, config.diffusion.timesteps, config.seed)
-        return Stream(documents, config.data.seq_len, rows, config.model.n_patches, range(self.rank, rows, self.ranks))
+        config, n_patches = self.config, self.config.model.n_patches
+        pairs, text = open_pairs(config.data, split, config.seed), open_text(config.data, self.tokenizer, split, config.seed)
+        documents = Documents(pairs, self.tokenizer, config.data, config.diffusion.timesteps, config.seed, text, n_patches)
+        stream = Stream(documents, config.data.seq_len, rows, n_patches, range(self.rank, rows, self.ranks))
+        return Loader(stream, self.tokenizer, workers, batch_rows)
 
     def _start_wandb(self):
         try:
@@ -451,14 +457,13 @@ class Run:
 
     # ---- one step ----
 
-    def prepare(self, documents, rows, *key, t_draw=None):
-        """Rows of documents, and their numbers -> (Batch, clean latents, t, eps), on the device.
+    def prepare(self, batch, rows, *key, t_draw=None):
+        """A Batch, and the numbers of its rows -> (the Batch, clean latents, t, eps), on the device.
 
         All that is random (the draw of the VAE's posterior, the timesteps, the noise) is a function of the seed, `key` and the
         row's number: the same for any division of a step's rows, and again when the step is repeated.
         """
         c = self.config.model
-        batch = collate(documents, self.tokenizer, self.config.data.seq_len, c.n_patches)
         images_of_row = ((batch.image_id >= 0).sum(1) // c.n_patches).tolist()
         batch, draws = batch.to(self.device), []
         for row, max_t in zip(rows, batch.max_t.split(images_of_row)):
@@ -471,9 +476,8 @@ class Run:
 
     def micro_batches(self):
         """This process's rows of the next step, micro_rows at a time, prepared."""
-        documents, rows = next(self.stream), list(self.stream.state)
-        n = self.config.micro_rows or len(rows)
-        return [self.prepare(documents[i : i + n], rows[i : i + n], 1, self.step) for i in range(0, len(rows), n)]
+        rows, n = self.loader.stream.mine, self.loader.batch_rows
+        return [self.prepare(next(self.loader), rows[i : i + n], 1, self.step) for i in range(0, len(rows), n)]
 
     def train_step(self):
         """One optimiser step -> the numbers for the log."""
@@ -529,8 +533,9 @@ class Run:
         sums = np.zeros(10)  # lm and its targets; per quarter of t, the loss and its images
         with self.average.applied():
             self.parallel.eval()
-            for n, documents in enumerate(self.validation):
-                batch, x_0, t, eps = self.prepare(documents, range(self.rank, len(documents) * self.ranks, self.ranks), 2, n, t_draw="uniform")
+            for n, batch in enumerate(self.validation):
+                rows = range(self.rank, len(batch.tokens) * self.ranks, self.ranks)
+                batch, x_0, t, eps = self.prepare(batch, rows, 2, n, t_draw="uniform")
                 with autocast(self.config, self.device):
                     loss, per_image = losses(self.parallel, self.ddpm, batch, x_0, t, eps, self.mask)
                 sums[:2] += loss.item(), int((batch.targets != NO_LOSS).sum())
@@ -579,13 +584,13 @@ class Run:
         """Write the checkpoint: everything that going on, on any number of processes, sampling and evaluating need."""
         weights = {"model": get_model_state_dict(self.model, options=FULL), "ema": self.averaged_weights(),
                    "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=FULL)}  # fmt: skip
-        streams = [self.stream.state]
+        streams = [self.loader.state]
         if self.ranks > 1:
-            dist.all_gather_object(streams := [None] * self.ranks, self.stream.state)
+            dist.all_gather_object(streams := [None] * self.ranks, self.loader.state)
         if self.rank == 0:
             save_checkpoint(self.checkpoint, {
                 "config": asdict(self.config), "step": self.step, "stream": {row: at for stream in streams for row, at in stream.items()},
-                "tokenizer": self.tokenizer.merges, "vae_config": asdict(self.vae.config), "vae": self.vae.state_dict(), **weights,
+                "tokenizer": self.tokenizer.state(), "vae_config": asdict(self.vae.config), "vae": self.vae.state_dict(), **weights,
             })  # fmt: skip
 
     def _restore(self, state):
@@ -599,7 +604,8 @@ class Run:
         self.average = Average(self.model)
         set_model_state_dict(self.model, state["model"], options=options)
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
-        self.stream.state, self.step = {row: state["stream"][row] for row in self.stream.state}, state["step"]
+        self.loader.stream.load_state(state["stream"])
+        self.step = state["step"]
 
 
 def train(config, resume=False):

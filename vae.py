@@ -328,7 +328,7 @@ if __name__ == "__main__":
     import numpy as np
     from PIL import Image
 
-    from data import open_pairs, to_pixels
+    from data import open_pairs, readable, to_pixels
     from sample import pick_device
     from train import parse, prepare_vae, report_errors
 
@@ -336,7 +336,7 @@ if __name__ == "__main__":
         config, resume = parse(description="Train the VAE of a preset alone and write reconstructions.")
         vae = prepare_vae(config, pick_device(config.device), resume)
         pairs = open_pairs(config.data, "held_out")
-        x = to_pixels(np.stack([pairs.pair(i)[1]() for i in range(16)])).to(next(vae.parameters()).device)
+        x = to_pixels(np.stack([pixels for _, pixels in readable(pairs, 0, 16)])).to(next(vae.parameters()).device)
         print(f"mean absolute error on held-out pictures: {(x - vae.decode(vae.encode(x))).abs().mean() / 2:.4f} of the range")
         rows = [torch.cat(list(row), dim=2) for row in (x, vae.decode(vae.encode(x)))]
         Image.fromarray(((torch.cat(rows, dim=1) + 1) * 127.5).byte().movedim(0, -1).cpu().numpy()).save(Path(config.out) / "reconstructions.png")

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Folder
+from data import Pairs
 from evaluate import write_captions
 from sample import contact_sheet, generate, load
 
@@ -52,8 +52,8 @@ def judge(run, number, seed):
     data = trained.config["data"]
     scans = {}
     for split in ("train", "held_out"):
-        folder = Folder(data["data"], data["image_size"], split)
-        scans[split] = [load() for _, load in map(folder.pair, range(len(folder.pictures)))], [caption for caption, _ in map(folder.pair, range(len(folder.pictures)))]
+        pairs = Pairs(data["data"], data["image_size"], split)
+        scans[split] = [load() for _, load in map(pairs.pair, range(len(pairs)))], [caption for caption, _ in map(pairs.pair, range(len(pairs)))]
     reader = SVC(gamma=0.001, C=10).fit(features(scans["train"][0]), scans["train"][1])
     print(f"the classifier reads {reader.score(features(scans['held_out'][0]), scans['held_out'][1]):.1%} of {len(scans['held_out'][1])} held-out scans right")
 

@@ -11,7 +11,7 @@ import torch
 from conftest import picture, run_here, tiny_model
 from PIL import Image
 
-from data import (COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, DataConfig, Documents, Folder, Picture, Scenes, Stream, Tokenizer, collate, fit_image,
+from data import (COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, DataConfig, Documents, Pairs, Picture, Scenes, Stream, Tokenizer, collate, fit_image,
                   held_out_combination, length, load_image, open_pairs, to_pixels)  # fmt: skip
 from diffusion import DDPM
 from train import losses, parse
@@ -165,19 +165,19 @@ def folder(tmp_path):
 
 
 def test_folder_splits_shuffles_and_repeats(folder):
-    train, held_out = Folder(folder, 16), Folder(folder, 16, "held_out")
+    train, held_out = Pairs(folder, 16), Pairs(folder, 16, "held_out")
     n = len(train.pictures)
     epochs = [[train.pair(i)[0] for i in range(e * n, (e + 1) * n)] for e in range(2)]
     assert set(epochs[0]) == set(epochs[1]) and len(set(epochs[0])) == n and epochs[0] != epochs[1]
     others = {held_out.pair(i)[0] for i in range(len(held_out.pictures))}
     assert 1 <= len(others) <= 12 and others | set(epochs[0]) == {f"picture {i}" for i in range(40)} and not others & set(epochs[0])
     for i in (0, n + 3):
-        caption, load = Folder(folder, 16).pair(i)
+        caption, load = Pairs(folder, 16).pair(i)
         assert caption == train.pair(i)[0] and caption == f"picture {load()[0, 0, 0]}" and load().shape == (16, 16, 3)
 
 
 def test_open_pairs_takes_the_folder_for_the_scenes(folder):
-    assert isinstance(open_pairs(DataConfig(data=str(folder), image_size=16)), Folder)
+    assert isinstance(open_pairs(DataConfig(data=str(folder), image_size=16)), Pairs)
     assert isinstance(open_pairs(DataConfig(image_size=32), "never_seen"), Scenes)
 
 
@@ -190,12 +190,12 @@ def test_open_pairs_takes_the_folder_for_the_scenes(folder):
 def test_broken_folder_is_refused_by_name(folder, break_it, message):
     break_it(folder)
     with pytest.raises(ValueError, match=message):
-        [Folder(folder, 16, split) for split in Folder.SPLITS]
+        [Pairs(folder, 16, split) for split in Pairs.SPLITS]
 
 
 def test_missing_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no pictures here"):
-        Folder(tmp_path / "absent", 16)
+        Pairs(tmp_path / "absent", 16)
 
 
 def test_a_folder_too_small_to_split_is_refused_or_split(tmp_path):
@@ -203,10 +203,10 @@ def test_a_folder_too_small_to_split_is_refused_or_split(tmp_path):
     for name in "ab":
         Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
-    assert {split: len(Folder(tmp_path, 8, split).pictures) for split in ("train", "held_out")} == {"train": 1, "held_out": 1}
+    assert {split: len(Pairs(tmp_path, 8, split).pictures) for split in ("train", "held_out")} == {"train": 1, "held_out": 1}
     (tmp_path / "b.png").unlink()
     with pytest.raises(ValueError):
-        Folder(tmp_path, 8, "held_out").pair(0)
+        Pairs(tmp_path, 8, "held_out").pair(0)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "RGBA", "LA", "I;16"])

@@ -13,7 +13,7 @@ from conftest import TINY, flags, run_here, run_script
 from PIL import Image
 
 import train as recipe
-from data import Picture, Scenes
+from data import Scenes
 from model import SIZES
 from sample import load
 from train import PRESETS, Config, Run, build, learning_rate, options, parse, report_errors
@@ -229,10 +229,9 @@ def test_averaged_weights_lag_behind(trained_vae, tmp_path):
 def test_images_without_noise_have_no_loss(trained_vae, tmp_path):
     """An image that only conditions (max_t 0) is shown clean, and does not enter the mean."""
     run = Run(config_of(tmp_path / "out", vae=trained_vae))
-    for documents in (rows := next(run.stream)):
-        for picture in (part for document in documents for part in document if isinstance(part, Picture)):
-            picture.max_t = 0
-    batch, x_0, t, eps = run.prepare(rows, range(len(rows)), 0)
+    batch = next(run.loader)
+    batch.max_t[:] = 0
+    batch, x_0, t, eps = run.prepare(batch, range(len(batch.tokens)), 0)
     assert len(t) and (t == 0).all() and torch.equal(run.ddpm.q_sample(x_0, t, eps), x_0)
 
 
