@@ -1220,5 +1220,5 @@ if __name__ == "__main__":
     names = {tokenizer.bos: "<BOS>", tokenizer.boi: "<BOI>", tokenizer.eoi: "<EOI>", tokenizer.pad: "#"}
     for split in Scenes.SPLITS:
         print(f"{split:>10}: " + "; ".join(Scenes(split=split).example(i).caption for i in range(2)))
-    for row in batch.tokens[:2].tolist():
-        print("row:", " ".join(names.get(i) or repr(tokenizer.decode([i])) for i in row))
+    row = batch.tokens[(batch.image_id >= 0).sum(1).argmax()].tolist()
+    print("the row with most pictures:", " ".join(names.get(i) or repr(tokenizer.decode([i])) for i in row))
