@@ -25,8 +25,11 @@ class TransfusionConfig:
     dim: int = 768
     n_layers: int = 16
     n_heads: int = 12
+    n_kv_heads: int = 0  # heads of the keys and values, each shared by a group of query heads (Llama 3); 0 = n_heads
     mlp_multiple: int = 256  # the MLP is 8/3 dim wide, rounded up to a multiple of this
+    mlp_width: int = 0  # or as wide as this (Llama 3); 0 = by mlp_multiple
     rope_theta: float = 10000.0
+    rope_scaling: tuple = ()  # Llama 3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
     norm_eps: float = 1e-5
     qk_norm: bool = False  # RMSNorm on queries and keys: not in the paper's model, steadier at high learning rates
     patch_size: int = 2  # k: k x k latent pixels make one patch
@@ -37,6 +40,10 @@ class TransfusionConfig:
     def __post_init__(self):
         if self.dim % (2 * self.n_heads):
             raise ValueError(f"dim is {self.dim} and n_heads {self.n_heads}: a head needs an even width, so dim must be a multiple of {2 * self.n_heads}")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, {self.n_heads}")
+        if len(self.rope_scaling) not in (0, 4):
+            raise ValueError(f"rope_scaling is {self.rope_scaling}; it must be four numbers, as in 8,1,4,8192")
         if self.latent_size % self.patch_size:
             raise ValueError(f"patch_size is {self.patch_size}; it must divide the latent image's side, {self.latent_size}")
 
@@ -46,9 +53,14 @@ class TransfusionConfig:
         return (self.latent_size // self.patch_size) ** 2
 
     @property
+    def kv_heads(self):
+        """Heads of the keys and values."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
     def mlp_dim(self):
         """Hidden width of the MLP."""
-        return math.ceil(8 * self.dim / 3 / self.mlp_multiple) * self.mlp_multiple
+        return self.mlp_width or math.ceil(8 * self.dim / 3 / self.mlp_multiple) * self.mlp_multiple
 
 
 SIZES = {  # section 4.1, table 2
@@ -75,9 +87,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
 
 
-def rope_table(positions, head_dim, theta):
-    """cos and sin of the rotary embedding (Su et al. 2021): positions (B, S) -> two of (B, 1, S, head_dim), float32."""
+def rope_table(positions, head_dim, theta, scaling=()):
+    """cos and sin of the rotary embedding (Su et al. 2021): positions (B, S) -> two of (B, 1, S, head_dim), float32.
+
+    scaling: of Llama 3.1, `TransfusionConfig.rope_scaling`. Waves that turn fewer than `low` times within the original
+    length become `factor` times as long, those that turn more than `high` times stay, and between the two it is blended.
+    """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    if scaling:
+        factor, low, high, length = scaling
+        kept = ((length * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions[:, None, :, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)  # Llama's layout: component i is rotated with component i + head_dim / 2
     return angles.cos(), angles.sin()
@@ -95,21 +115,21 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_heads = config.n_heads
-        head_dim = config.dim // config.n_heads
-        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.heads = config.n_heads, config.kv_heads, config.kv_heads  # of q, k and v
+        self.head_dim = head_dim = config.dim // config.n_heads
+        self.qkv = nn.Linear(config.dim, sum(self.heads) * head_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
         self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, cache=None, layer=0):
-        q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
+        q, k, v = rearrange(self.qkv(x), "b s (h d) -> b h s d", d=self.head_dim).split(self.heads, dim=1)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)  # rope is float32, and so are these
         # On CPU the backward of bf16 attention is several times slower than float32's: stay in float32 there.
         q, k, v = (z.float() if x.device.type == "cpu" else z.to(v.dtype) for z in (q, k, v))
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] < q.shape[1])
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
@@ -149,7 +169,7 @@ class KVCache:
     """
 
     def __init__(self, config, rows, length, device="cpu", dtype=torch.float32):
-        shape = config.n_layers, rows, config.n_heads, length, config.dim // config.n_heads
+        shape = config.n_layers, rows, config.kv_heads, length, config.dim // config.n_heads
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
@@ -249,7 +269,7 @@ class Transfusion(nn.Module):
     def trunk(self, h, positions, mask=None, cache=None):
         """The shared blocks and the final norm: h (B, S, dim), positions (B, S) -> (B, S, dim). mask: bool, True = may
         attend, broadcastable to (B, 1, S, keys). With a cache, the keys are its visible slots."""
-        rope = rope_table(positions, self.config.dim // self.config.n_heads, self.config.rope_theta)
+        rope = rope_table(positions, self.config.dim // self.config.n_heads, self.config.rope_theta, self.config.rope_scaling)
         for layer, block in enumerate(self.blocks):
             h = block(h, rope, mask, cache, layer)
         return self.norm(h)
