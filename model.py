@@ -6,16 +6,20 @@
 
 Text and patches have their own ways in and out; everything between is shared. Read `Transfusion.forward` first, then up
 from `Block`. Sampling uses the same pieces one modality at a time, with a `KVCache`.
-Exports `TransfusionConfig`, `SIZES` (the paper's table of models), `Transfusion` and `KVCache`.
+Exports `TransfusionConfig`, `SIZES` (the paper's table of models), `Transfusion` and `KVCache`; and `load_llama` and
+`freeze_text`, to start from a Llama, which a reader of the paper can skip.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+
+from vae import read_json, read_safetensors
 
 
 @dataclass
@@ -285,6 +289,101 @@ class Transfusion(nn.Module):
         h = self.trunk(h, positions, mask)
         patches = h.flatten(0, 1)[slots].unflatten(0, (-1, self.config.n_patches))
         return self.head(h), self.patches.decode(patches)
+
+
+# ---- Starting from Llama --------------------------------------------------------------------------------------------
+
+
+def llama_sizes(path):
+    """The fields of TransfusionConfig that a Llama's config.json settles, and whether its head is its embedding -> (dict, bool).
+    Raises ValueError, naming the file, if that is no Llama or one whose block is not ours."""
+    path, settings = Path(path) / "config.json", read_json(Path(path) / "config.json")
+    # transformers 5 writes rope_parameters, those before it rope_theta and rope_scaling.
+    rope = {"rope_theta": settings.get("rope_theta", 10000.0)} | (settings.get("rope_scaling") or {}) | (settings.get("rope_parameters") or {})
+    stretch = rope.get("rope_type", rope.get("type", "default"))
+    wanted = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    odd = [name for name, value in wanted.items() if settings.get(name, value if name != "model_type" else None) != value]
+    if odd or stretch not in ("default", "llama3"):
+        what = f"{odd[0]} is {settings.get(odd[0])!r}" if odd else f"RoPE is stretched by the method {stretch!r}"
+        raise ValueError(f"{path}: {what}; it must be a Llama without biases, with RoPE as it is or as in Llama 3")
+    try:
+        sizes = dict(
+            dim=settings["hidden_size"], n_layers=settings["num_hidden_layers"], n_heads=settings["num_attention_heads"],
+            n_kv_heads=settings.get("num_key_value_heads") or 0, mlp_width=settings["intermediate_size"], vocab_size=settings["vocab_size"],
+            norm_eps=settings.get("rms_norm_eps", 1e-6), rope_theta=rope["rope_theta"], qk_norm=False,
+            rope_scaling=tuple(rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+            if stretch == "llama3" else (),
+        )  # fmt: skip
+    except KeyError as error:
+        raise ValueError(f"{path}: lacks {error}") from None
+    wrong = [name for name in ("dim", "n_layers", "n_heads", "mlp_width", "vocab_size") if not isinstance(sizes[name], int) or sizes[name] < 1]
+    if wrong:
+        raise ValueError(f"{path}: gives {sizes[wrong[0]]!r} as the model's {wrong[0]}; it must be a whole number above 0")
+    if settings.get("head_dim") not in (None, sizes["dim"] // sizes["n_heads"]):
+        raise ValueError(f"{path}: head_dim is {settings['head_dim']}; only hidden_size / num_attention_heads can be read")
+    return sizes, settings.get("tie_word_embeddings", False)
+
+
+@torch.no_grad()
+def load_llama(path, config=None, new_tokens=0):
+    """A Llama 2 or 3 in Hugging Face's format -> Transfusion whose text logits are its own.
+
+    path: folder with config.json and model.safetensors, or the shards that model.safetensors.index.json names
+    config: TransfusionConfig of what Llama has no say in, patches and latents; default: the paper's
+    new_tokens: rows appended to the vocabulary, for <BOI> and the like
+    These rows and the ways in and out of patches are drawn anew. A head that was tied to the embedding becomes a copy of it:
+    ours are untied. Raises ValueError, naming the file that is missing, broken or of other sizes than config.json says.
+    """
+    path, (sizes, tied) = Path(path), llama_sizes(path)
+    index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ValueError(f"{index}: its weight_map must name a file for every weight")
+        files = [path / name for name in sorted(set(shards.values()))]
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{file}: no such file" + (f", but {index.name} names it; all {len(files)} shards are needed" if index.exists() else ""))
+    n_tokens = sizes["vocab_size"]
+    model = Transfusion(replace(config or TransfusionConfig(), **sizes | dict(vocab_size=n_tokens + new_tokens)))
+    places = {"model.embed_tokens": model.embedding.weight[:n_tokens], "model.norm": model.norm.weight}  # their layer -> our weight, or a slice of it
+    if not tied:
+        places["lm_head"] = model.head.weight[:n_tokens]
+    for n, block in enumerate(model.blocks):
+        q, k, v = block.attention.qkv.weight.split([heads * block.attention.head_dim for heads in block.attention.heads])
+        gate, up = block.mlp.gate_up.weight.chunk(2)
+        places |= {f"model.layers.{n}.{name}": place for name, place in {
+            "input_layernorm": block.attention_norm.weight, "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+            "self_attn.o_proj": block.attention.out.weight, "post_attention_layernorm": block.mlp_norm.weight,
+            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.mlp.down.weight,
+        }.items()}  # fmt: skip
+    for file in files:
+        for name, weight in read_safetensors(file).items():
+            layer = name.removesuffix(".weight")
+            if layer not in places:
+                if "rotary_emb" in name or (tied and layer == "lm_head"):  # a table that we compute; the embedding once more
+                    continue
+                raise ValueError(f"{file}: {name} has no place in a Llama of the sizes in config.json")
+            if weight.shape != places[layer].shape:
+                raise ValueError(f"{file}: {name} is of shape {tuple(weight.shape)}, but of {tuple(places[layer].shape)} by config.json")
+            places.pop(layer).copy_(weight)
+    if places:
+        raise ValueError(f"{path}: {len(places)} weights are missing, such as {min(places)}.weight")
+    if tied:
+        model.head.weight[:n_tokens] = model.embedding.weight[:n_tokens]
+    return model
+
+
+def freeze_text(model, new_tokens):
+    """Leave to training only what a Llama lacks: the ways in and out of patches, and the last `new_tokens` rows of embedding
+    and head. Returns how many parameters that is. The optimiser must not decay embedding and head: that moves frozen rows."""
+    partly = {"embedding.weight", "head.weight"} if new_tokens else set()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("patches.") or name in partly)
+        if name in partly:
+            old = torch.arange(len(parameter))[:, None] < len(parameter) - new_tokens
+            parameter.register_hook(lambda gradient, old=old: gradient.masked_fill(old.to(gradient.device), 0))
+    return sum(p.numel() for p in model.patches.parameters()) + len(partly) * new_tokens * model.config.dim
 
 
 if __name__ == "__main__":

@@ -391,6 +391,8 @@ def load_pretrained(path):
     """
     path, settings = Path(path), {}
     if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"{path}: is a folder without config.json; a VAE's folder must be one of diffusers' AutoencoderKL")
         settings = read_json(path / "config.json")
         if settings.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise ValueError(f"{path}: is a {settings['_class_name']}; of diffusers' autoencoders only AutoencoderKL can be read")
