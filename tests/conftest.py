@@ -86,6 +86,14 @@ def drawn_weights(shapes, scale=1.0):
     return weights
 
 
+def frechet_features(n, dim, shift):
+    """Two sets of correlated features (n, dim), the second shifted and stretched."""
+    draw = np.random.default_rng(n + dim)
+    a, b = draw.standard_normal((2, n, dim))
+    mix = draw.standard_normal((dim, dim))
+    return a @ mix, b @ (mix * (1 + shift)) + shift
+
+
 # ---- The scripts, as a user runs them -------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """Makes fixtures/*.npz, the values of other people's code that the tests compare with. Needed only to make them again:
 
-    pip install torch diffusers transformers
+    pip install torch diffusers transformers pycocoevalcap torchmetrics scipy
     python tests/make_fixtures.py
 
 diffusers.npz  the cosine schedule, and single DDPM and DDIM steps on a small random tensor (made with diffusers 0.42)
@@ -8,6 +8,7 @@ llama.npz      a tiny LlamaForCausalLM: random weights in float16, tokens, and i
 llamas.npz     config.json, names of weights, and the logits of four kinds of LlamaForCausalLM; weights by conftest.drawn_weights
 vaes.npz       the same of four AutoencoderKLs (diffusers 0.42): a picture, its latents' mean and log-variance, and what is decoded
                from the mean; also the names of one VAE's weights in latent diffusion's layout, which diffusers converts
+metrics.json   CIDEr-D of invented captions (pycocoevalcap 1.2); Frechet distances of random features (torchmetrics; scipy's sqrtm)
 """
 
 import json
@@ -15,9 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import drawn_weights
+from conftest import drawn_weights, frechet_features
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from pycocoevalcap.cider.cider_scorer import CiderScorer
+from scipy.linalg import sqrtm
+from torchmetrics.image.fid import _compute_fid
 from transformers import LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).parent / "fixtures"
@@ -179,10 +183,32 @@ def vaes():
     np.savez_compressed(HERE / "vaes.npz", **found)
 
 
+def metrics():
+    draw = np.random.default_rng(0)
+    vocabulary = "a the dog cat man woman rides sits on under near red big bench bicycle street 's".split()
+    sentence = lambda: " ".join(draw.choice(vocabulary, draw.integers(1, 12)))
+    references = [[sentence() for _ in range(draw.integers(1, 6))] for _ in range(12)]
+    candidates = [of_picture[0] if n % 3 == 0 else sentence() if n % 3 == 1 else of_picture[-1] + " " + sentence() for n, of_picture in enumerate(references)]
+    candidates[-1] = ""
+    scorer = CiderScorer(n=4, sigma=6.0)
+    for candidate, of_picture in zip(candidates, references):
+        scorer += (candidate, of_picture)
+    score, each = scorer.compute_score()
+    found = {"candidates": candidates, "references": references, "cider": float(score), "each": each.tolist(), "frechet": []}
+    for n, dim, shift in ((500, 8, 0.0), (500, 8, 0.5), (20, 30, 0.3)):  # the last: fewer samples than features, so singular
+        a, b = frechet_features(n, dim, shift)
+        (m, s), (k, t) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
+        by_torchmetrics = _compute_fid(*(torch.from_numpy(z) for z in (m, s, k, t))).item()
+        by_scipy = float(((m - k) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real))
+        found["frechet"].append([n, dim, shift, by_torchmetrics, by_scipy])
+    (HERE / "metrics.json").write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
     HERE.mkdir(exist_ok=True)
     diffusers_steps()
     llama()
     llamas()
     vaes()
+    metrics()
     print({p.name: f"{p.stat().st_size / 1000:.1f} kB" for p in sorted(HERE.iterdir())})
