@@ -368,6 +368,8 @@ def inception_features(path, device="cpu"):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
     except ImportError:
         raise ValueError(f"--inception: no FID; {HOW_TO_GET['fid']}") from None
+    if not Path(path).is_file():
+        raise ValueError(f"--inception {path}: no such file; {HOW_TO_GET['fid']}")
     load_checkpoint(path)  # it must hold tensors and nothing else: the package does not ask
     try:
         network = Inception("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)

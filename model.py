@@ -46,6 +46,7 @@ class TransfusionConfig:
             raise ValueError(f"dim is {self.dim} and n_heads {self.n_heads}: a head needs an even width, so dim must be a multiple of {2 * self.n_heads}")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, {self.n_heads}")
+        self.rope_scaling = tuple(self.rope_scaling)  # JSON has lists
         if len(self.rope_scaling) not in (0, 4):
             raise ValueError(f"rope_scaling is {self.rope_scaling}; it must be four numbers, as in 8,1,4,8192")
         if self.latent_size % self.patch_size:

@@ -49,6 +49,9 @@ class VAEConfig:
     lr: float = 1e-4
     warmup: int = 1000
 
+    def __post_init__(self):
+        self.channel_multiples = tuple(self.channel_multiples)  # JSON has lists
+
     @property
     def factor(self):
         """Pixels per latent pixel, a side."""
@@ -368,6 +371,23 @@ def read_safetensors(path, keep=lambda name: True):
             return {name: file.get_tensor(name) for name in file.keys() if keep(name)}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: is not a safetensors file, or is truncated ({error})") from None
+
+
+def write_safetensors(path, tensors):
+    """The inverse, with the folder if need be; like save_checkpoint, the new file or the old one, never half of one. Raises
+    OSError if it cannot be written, ValueError without the package."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError(f"{path}: to write it, pip install safetensors") from None
+    path, partial = Path(path), Path(f"{path}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: could not be saved ({error})") from error
 
 
 # ---- Pretrained autoencoders ----------------------------------------------------------------------------------------
