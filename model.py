@@ -295,10 +295,10 @@ class Transfusion(nn.Module):
 # ---- Starting from Llama --------------------------------------------------------------------------------------------
 
 
-def llama_sizes(path):
-    """The fields of TransfusionConfig that a Llama's config.json settles, and whether its head is its embedding -> (dict, bool).
-    Raises ValueError, naming the file, if that is no Llama or one whose block is not ours."""
-    path, settings = Path(path) / "config.json", read_json(Path(path) / "config.json")
+def inspect_llama(folder):
+    """What a Llama's folder holds -> the fields of TransfusionConfig that it settles, whether its head is its embedding, and its
+    files of weights. Raises ValueError, naming the file, if one is missing, or it is no Llama or one whose block is not ours."""
+    path, settings = Path(folder) / "config.json", read_json(Path(folder) / "config.json")
     # transformers 5 writes rope_parameters, those before it rope_theta and rope_scaling.
     rope = {"rope_theta": settings.get("rope_theta", 10000.0)} | (settings.get("rope_scaling") or {}) | (settings.get("rope_parameters") or {})
     stretch = rope.get("rope_type", rope.get("type", "default"))
@@ -322,7 +322,16 @@ def llama_sizes(path):
         raise ValueError(f"{path}: gives {sizes[wrong[0]]!r} as the model's {wrong[0]}; it must be a whole number above 0")
     if settings.get("head_dim") not in (None, sizes["dim"] // sizes["n_heads"]):
         raise ValueError(f"{path}: head_dim is {settings['head_dim']}; only hidden_size / num_attention_heads can be read")
-    return sizes, settings.get("tie_word_embeddings", False)
+    index, files = path.with_name("model.safetensors.index.json"), [path.with_name("model.safetensors")]
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ValueError(f"{index}: its weight_map must name a file for every weight")
+        files = [path.with_name(name) for name in sorted(set(shards.values()))]
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{file}: no such file" + (f", but {index.name} names it; all {len(files)} shards are needed" if index.exists() else ""))
+    return sizes, settings.get("tie_word_embeddings", False), files
 
 
 @torch.no_grad()
@@ -335,16 +344,7 @@ def load_llama(path, config=None, new_tokens=0):
     These rows and the ways in and out of patches are drawn anew. A head that was tied to the embedding becomes a copy of it:
     ours are untied. Raises ValueError, naming the file that is missing, broken or of other sizes than config.json says.
     """
-    path, (sizes, tied) = Path(path), llama_sizes(path)
-    index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
-    if index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise ValueError(f"{index}: its weight_map must name a file for every weight")
-        files = [path / name for name in sorted(set(shards.values()))]
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"{file}: no such file" + (f", but {index.name} names it; all {len(files)} shards are needed" if index.exists() else ""))
+    sizes, tied, files = inspect_llama(path)
     n_tokens = sizes["vocab_size"]
     model = Transfusion(replace(config or TransfusionConfig(), **sizes | dict(vocab_size=n_tokens + new_tokens)))
     places = {"model.embed_tokens": model.embedding.weight[:n_tokens], "model.norm": model.norm.weight}  # their layer -> our weight, or a slice of it
