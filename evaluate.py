@@ -1,13 +1,14 @@
-"""How good is it? Exact scores on the built-in scenes, and perplexity on any data (paper, section 4.2, has FID and CIDEr there).
+"""How good is it? Exact scores on the built-in scenes; CIDEr, FID, CLIP score and perplexity on real data (paper, section 4.2).
 
     python evaluate.py                        the newest checkpoint under out/
     python evaluate.py out/small --judged 500 --json scores.json
+    python evaluate.py out/coco --judged 5000 --inception weights-inception-2015-12-05-6726825d.pth --clip clip-vit-base-patch32 --text wiki.txt
 
 A picture is judged by `read_scene`, a program without a neural network: it finds the connected blobs, takes their colour,
 and compares their outline with each shape's. A caption is parsed by the grammar that wrote the training captions. The one
 function `judge` says whether a caption and a picture agree; it scores pictures drawn from captions, and captions written
 from pictures. A caption need not repeat the one that the picture was drawn from: either object may come first, and a
-relation may be told from either side.
+relation may be told from either side. Real data has no such judge: the last section has what is measured there.
 """
 
 import itertools
@@ -15,9 +16,11 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,8 +29,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from attention_mask import transfusion_mask
-from data import BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, DataConfig, Pairs, Scenes, collate, open_pairs, readable, sprite
+from data import (BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, DataConfig, Found, Pairs, Scenes, collate, open_pairs, read_jsonl,
+                  read_txt, readable, sprite, to_pixels)  # fmt: skip
 from sample import Parser, generate, load, newest_checkpoint, pick_device
+from vae import load_checkpoint
 
 ASPECTS = ("all", "number", "colours", "shapes", "relation")
 
@@ -192,14 +197,20 @@ def judge(caption, pixels, grammar):
 # ---- Scores ---------------------------------------------------------------------------------------------------------
 
 
-def prompt_accuracy(trained, captions, grammar, seed=0, progress=lambda x: x, **options):
-    """Draw each caption and judge the picture -> ({aspect: share}, pictures)."""
-    documents = []
+def draw(trained, captions, seed=0, progress=lambda x: x, **options):
+    """A uint8 picture for each caption."""
+    pictures = []
     for i in progress(range(0, len(captions), 100)):
         chunk = captions[i : i + 100]
-        documents += generate(trained, [[c] for c in chunk], range(seed + i, seed + i + len(chunk)), max_tokens=0, **options)
-    pictures = [document[-1] for document in documents]
-    verdicts = [judge(caption, np.array(picture), grammar) for caption, picture in zip(captions, pictures)]
+        documents = generate(trained, [[c] for c in chunk], range(seed + i, seed + i + len(chunk)), max_tokens=0, **options)
+        pictures += [np.array(document[-1]) for document in documents]
+    return pictures
+
+
+def prompt_accuracy(trained, captions, grammar, seed=0, progress=lambda x: x, **options):
+    """Draw each caption and judge the picture -> ({aspect: share}, pictures)."""
+    pictures = draw(trained, captions, seed, progress, **options)
+    verdicts = [judge(caption, picture, grammar) for caption, picture in zip(captions, pictures)]
     return {aspect: float(np.mean([v[aspect] for v in verdicts])) for aspect in ASPECTS}, pictures
 
 
@@ -213,43 +224,57 @@ def write_captions(trained, pictures, progress=lambda x: x):
 
 
 @torch.no_grad()
-def perplexity(trained, captions):
-    """Of the captions as text alone (<BOS> caption, each token from those before it) -> (per token, per byte)."""
-    tokenizer, device = trained.tokenizer, next(trained.model.parameters()).device
-    total, tokens = 0.0, 0
-    for i in range(0, len(captions), 100):
-        documents = [[tokenizer.encode(caption)] for caption in captions[i : i + 100]]
-        longest = max(1 + len(document[0]) for document in documents)
-        batch = collate([[document] for document in documents], tokenizer, longest, 0).to(device)
-        targets = batch.targets.masked_fill(batch.targets == tokenizer.eos, NO_LOSS)  # what follows a caption is no text
+def perplexity(trained, texts):
+    """Of texts alone (<BOS> text, each token from those before it) -> (per token, per byte). Texts longer than the training's
+    rows are cut into pieces of that length, each with a <BOS> of its own. Raises ValueError if there is nothing to read."""
+    tokenizer, device, most = trained.tokenizer, next(trained.model.parameters()).device, trained.config["data"]["seq_len"] - 1
+    pieces = [ids[i : i + most] for ids in map(tokenizer.encode, texts) for i in range(0, len(ids), most)]
+    if not pieces:
+        raise ValueError("there is no text to measure the perplexity of")
+    longest, total, tokens = 1 + max(map(len, pieces)), 0.0, 0
+    rows = max(1, 4096 // longest)  # the logits of 4096 positions fit into memory
+    for i in range(0, len(pieces), rows):
+        batch = collate([[[piece]] for piece in pieces[i : i + rows]], tokenizer, longest, 0).to(device)
+        targets = batch.targets.masked_fill(batch.targets == tokenizer.eos, NO_LOSS)  # what follows a text is no text
         no_images = torch.zeros(0, trained.model.config.latent_channels, *2 * [trained.model.config.latent_size], device=device)
         mask = transfusion_mask(batch.image_id, batch.doc_id)
         logits, _ = trained.model(batch.tokens, batch.image_id, batch.positions, mask, no_images, no_images[:, 0, 0, 0])
         total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NO_LOSS, reduction="sum").item()
         tokens += int((targets != NO_LOSS).sum())
-    return math.exp(total / tokens), math.exp(total / sum(len(caption.encode()) for caption in captions))
+    return math.exp(total / tokens), math.exp(total / sum(len(text.encode()) for text in texts))
 
 
-def evaluate(trained, judged=300, seed=1, progress=lambda x: x):
+def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", clip=""):
     """Score a model on `judged` pictures of each split -> nested dict, as `format_scores` prints and --json writes it.
 
-    On the built-in scenes: prompts and captions, judged exactly. On a folder: the share of captions that are the picture's
-    own word for word (drawn pictures have no exact judge there).
+    On the built-in scenes: prompts and captions, judged exactly. On your own data: captions by CIDEr-D, and by the share that
+    is the picture's own word for word; drawn pictures by the Frechet distance of their latents. On either, FID and CLIP
+    score if the files that they need are given. Raises ValueError if those cannot be used.
     """
-    data = DataConfig(**trained.config["data"])
+    data, device = DataConfig(**trained.config["data"]), next(trained.model.parameters()).device
     splits = Pairs.SPLITS[1:] if data.data else Scenes.SPLITS[1:]
+    features, clip_score = inception and inception_features(inception, device), clip and clip_scorer(clip, device)
     scores = {"judged": judged, "seed": seed, "splits": {}}
     for split in progress(splits):
         pairs = open_pairs(data, split, seed)
         n = min(judged, len(pairs)) if data.data else judged
-        captions, pictures = zip(*readable(pairs, 0, n))
-        written = write_captions(trained, pictures)
+        described = SimpleNamespace(pair=lambda i, pairs=pairs: (pairs.captions(i), pairs.pair(i)[1]))  # all captions of a picture, not one
+        references, pictures = zip(*readable(described, 0, n))
+        captions = [reference[0] for reference in references]
+        written, found = write_captions(trained, pictures), {}
         if data.data:
-            found = {"captions": {"all": float(np.mean([a == b for a, b in zip(written, captions)]))}}
+            found["captions"] = {"all": float(np.mean([text in reference for text, reference in zip(written, references)]))}
+            found["cider"] = cider([words(text) for text in written], [[words(text) for text in reference] for reference in references])
+            drawn = draw(trained, captions, seed)
+            found["latent_frechet_distance"] = frechet_distance(*(latent_features(trained.vae, x, device) for x in (pictures, drawn)))
         else:
-            found = {"prompts": prompt_accuracy(trained, captions, data.grammar, seed)[0]}
+            found["prompts"], drawn = prompt_accuracy(trained, captions, data.grammar, seed)
             verdicts = [judge(text, picture, data.grammar) for text, picture in zip(written, pictures)]
             found["captions"] = {aspect: float(np.mean([v[aspect] for v in verdicts])) for aspect in ASPECTS}
+        if features:
+            found["fid"] = frechet_distance(features(pictures), features(drawn))
+        if clip_score:
+            found["clip_score"] = clip_score(drawn, captions)
         found["perplexity_per_token"], found["perplexity_per_byte"] = perplexity(trained, captions)
         scores["splits"][split] = {"n": n} | found
     return scores
@@ -263,9 +288,147 @@ def format_scores(scores):
             if what in found:
                 cells = "".join(f"{100 * found[what][aspect]:{8 if aspect == 'all' else 10}.1f}" for aspect in ASPECTS if aspect in found[what])
                 lines.append(f"{split.replace('_', ' ') + ', ' + what:24}{cells}     n = {found['n']}")
+    names = {"cider": "CIDEr-D of the captions", "fid": "FID", "clip_score": "CLIP score", "latent_frechet_distance": "Frechet distance of latents (not FID)"}
     for split, found in scores["splits"].items():
-        lines.append(f"{split.replace('_', ' '):24}text perplexity {found['perplexity_per_token']:.3f} per token, {found['perplexity_per_byte']:.3f} per byte")
+        split = split.replace("_", " ")
+        lines.append(f"{split:24}text perplexity {found['perplexity_per_token']:.3f} per token, {found['perplexity_per_byte']:.3f} per byte")
+        lines += [f"{split:24}{name} {found[key]:.3f}     n = {found['n']}" for key, name in names.items() if key in found]
+    found = list(scores["splits"].values())[-1]
+    lines += [f"no {names[key]}: {how}" for key, how in HOW_TO_GET.items() if "cider" in found and key not in found]
+    if "text" in scores:
+        per_token, per_byte = scores["text"]["perplexity_per_token"], scores["text"]["perplexity_per_byte"]
+        lines.append(f"{scores['text']['path']}: text perplexity {per_token:.3f} per token, {per_byte:.3f} per byte")
     return "\n".join(lines)
+
+
+# ---- Scores on real data (section 4.2) ------------------------------------------------------------------------------
+
+HOW_TO_GET = {
+    "fid": "give --inception FILE, FID's own network (weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0), and pip install torch-fidelity",
+    "clip_score": "give --clip FOLDER, a CLIP as transformers or open_clip saves it (such as openai/clip-vit-base-patch32), and pip install that package",
+}
+
+
+def words(text):
+    """A caption as CIDEr-D compares it: lower case, without punctuation, `dog's` in two. The reference implementation's
+    tokeniser (Stanford's, in Java) does the same to plain captions; on rarer spellings the two may differ."""
+    return re.findall(r"\w+|'\w+", text.lower())
+
+
+def cider(candidates, references, n=4, sigma=6.0):
+    """CIDEr-D (Vedantam et al. 2015) as coco-caption computes it, from 0 to 10: one caption per picture, as a list of words,
+    and for each picture the list of its references, likewise. Papers print it times 100."""
+
+    def counts(caption):
+        return [Counter(zip(*(caption[i:] for i in range(size)))) for size in range(1, n + 1)]  # by length of the n-gram
+
+    references = [[counts(caption) for caption in of_picture] for of_picture in references]
+    # In how many pictures' references an n-gram occurs.
+    frequency = Counter(ngram for of_picture in references for ngram in {ngram for caption in of_picture for grams in caption for ngram in grams})
+
+    def weigh(caption):
+        """tf-idf by length of n-gram, their norms, and the caption's length (counted in pairs of words, as coco-caption does)."""
+        vectors = [{ngram: k * math.log(len(references) / max(1, frequency[ngram])) for ngram, k in grams.items()} for grams in caption]
+        return vectors, [math.hypot(*vector.values()) for vector in vectors], sum(caption[1].values())
+
+    def similarity(candidate, reference):
+        (a, a_norms, a_length), (b, b_norms, b_length) = candidate, reference
+        cosines = [sum(min(x, w[ngram]) * w[ngram] for ngram, x in v.items() if ngram in w) / ((p * q) or 1) for v, w, p, q in zip(a, b, a_norms, b_norms)]
+        return sum(cosines) / n * math.exp(-((a_length - b_length) ** 2) / (2 * sigma**2))
+
+    scores = []
+    for caption, of_picture in zip(candidates, references, strict=True):
+        candidate = weigh(counts(caption))
+        scores.append(10 * sum(similarity(candidate, weigh(reference)) for reference in of_picture) / len(of_picture))
+    return sum(scores) / len(scores)
+
+
+def frechet_distance(a, b):
+    """Between the Gaussians that have the mean and covariance of two sets of features (N, D) (Heusel et al. 2017; on
+    Inception's features, FID): |m - n|^2 + tr(S + T - 2 (S T)^(1/2)). Biased upwards where N is not many times D."""
+    (m, s), (n, t) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False, ddof=min(1, len(x) - 1)))) for x in (np.asarray(a, np.float64), np.asarray(b, np.float64)))
+    values, vectors = np.linalg.eigh(s)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    # S T has the eigenvalues of S^(1/2) T S^(1/2), which is symmetric and so gives no complex ones.
+    mixed = np.sqrt(np.linalg.eigvalsh(root @ t @ root).clip(0)).sum()
+    return float(((m - n) ** 2).sum() + np.trace(s) + np.trace(t) - 2 * mixed)
+
+
+@torch.no_grad()
+def latent_features(vae, pictures, device="cpu"):
+    """What the Frechet distance of latents compares: the VAE's standardised latents, averaged over a grid of 4 x 4 -> (N, 16 C)."""
+    chunks = [to_pixels(np.stack(pictures[i : i + 32])).to(device) for i in range(0, len(pictures), 32)]
+    return torch.cat([F.adaptive_avg_pool2d(vae.encode(chunk), 4).flatten(1) for chunk in chunks]).double().cpu().numpy()
+
+
+def inception_features(path, device="cpu"):
+    """The network that FID is defined by -> function: uint8 pictures (H, W, 3) -> features (N, 2048). path: its weights.
+    Raises ValueError if they, or the package, cannot be used."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
+    except ImportError:
+        raise ValueError(f"--inception: no FID; {HOW_TO_GET['fid']}") from None
+    if not Path(path).is_file():
+        raise ValueError(f"--inception {path}: no such file; {HOW_TO_GET['fid']}")
+    load_checkpoint(path)  # it must hold tensors and nothing else: the package does not ask
+    try:
+        network = Inception("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError(f"--inception {path}: is another network; {HOW_TO_GET['fid']}") from None
+
+    def features(pictures):
+        chunks = [torch.from_numpy(np.stack(pictures[i : i + 32])).movedim(-1, 1).to(device) for i in range(0, len(pictures), 32)]
+        return torch.cat([network(chunk)[0] for chunk in chunks]).double().cpu().numpy()
+
+    return features
+
+
+def clip_scorer(path, device="cpu"):
+    """A CLIP in a folder -> function: uint8 pictures, captions -> the CLIP score (Hessel et al. 2021), 100 times the mean cosine
+    of their embeddings, those below 0 as 0. Raises ValueError if it, or its package, cannot be used."""
+    try:
+        if (Path(path) / "open_clip_config.json").exists():
+            import open_clip
+
+            model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{path}")
+            tokenize = open_clip.get_tokenizer(f"local-dir:{path}")
+
+            def embed(pictures, texts):
+                return model.encode_image(torch.stack([preprocess(p) for p in pictures]).to(device)), model.encode_text(tokenize(texts).to(device))
+        elif (Path(path) / "config.json").exists():
+            from transformers import CLIPModel, CLIPProcessor
+
+            model, processor = (kind.from_pretrained(path, local_files_only=True) for kind in (CLIPModel, CLIPProcessor))
+
+            def embed(pictures, texts):
+                found = model(**processor(text=texts, images=pictures, return_tensors="pt", padding=True, truncation=True).to(device))
+                return found.image_embeds, found.text_embeds
+        else:
+            raise ValueError("there is no config.json and no open_clip_config.json")
+        model.to(device).eval()
+    except Exception as error:  # the packages raise many kinds
+        raise ValueError(f"--clip {path}: no CLIP score ({' '.join(str(error).split())[:200]}); {HOW_TO_GET['clip_score']}") from None
+
+    @torch.no_grad()
+    def score(pictures, captions):
+        cosines = []
+        for i in range(0, len(pictures), 32):
+            image, text = embed([Image.fromarray(p) for p in pictures[i : i + 32]], list(captions[i : i + 32]))
+            cosines.append(F.cosine_similarity(image, text).clamp(min=0))
+        return 100 * torch.cat(cosines).mean().item()
+
+    return score
+
+
+def read_texts(path):
+    """The texts of a .txt or .jsonl file. Raises ValueError, naming the file."""
+    if not Path(path).is_file():
+        raise ValueError(f"--text {path}: no such file")
+    found = Found("texts")
+    texts = [text for _, text in (read_jsonl(Path(path), found) if Path(path).suffix in (".jsonl", ".json") else read_txt(Path(path)))]
+    if not any(texts):
+        raise ValueError(f"--text {path}: holds no text; it must be UTF-8, or JSON lines with a \"text\" on each")
+    return texts
 
 
 def main(argv=None):
@@ -278,13 +441,20 @@ def main(argv=None):
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), help="(default: the preset's)")
     parser.add_argument("--guidance_scale", type=float, help="1 = none (default: the preset's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--text", metavar="FILE", help="also measure the perplexity of this held-out text, .txt or .jsonl")
+    parser.add_argument("--inception", metavar="FILE", default="", help="weights of FID's network: also measure FID")
+    parser.add_argument("--clip", metavar="FOLDER", default="", help="a CLIP of transformers or open_clip: also measure the CLIP score")
     parser.add_argument("--json", metavar="FILE", help="also write the scores there")
     args = parser.parse_args(argv)
     if args.judged < 1:
         raise ValueError(f"--judged is {args.judged}; it must be at least 1")
+    if args.text:
+        read_texts(args.text)  # whatever is wrong with it, say so before the long work
     trained = load(args.ckpt or newest_checkpoint(), pick_device(args.device))
     trained.config.update({name: getattr(args, name) for name in ("steps", "sampler", "guidance_scale") if getattr(args, name) is not None})
-    scores = evaluate(trained, args.judged, args.seed, lambda splits: tqdm(splits, desc="evaluate"))
+    scores = evaluate(trained, args.judged, args.seed, lambda splits: tqdm(splits, desc="evaluate"), args.inception, args.clip)
+    if args.text:
+        scores["text"] = {"path": args.text} | dict(zip(("perplexity_per_token", "perplexity_per_byte"), perplexity(trained, read_texts(args.text))))
     print(format_scores(scores))
     if args.json:
         Path(args.json).write_text(json.dumps(scores, indent=1))

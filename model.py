@@ -6,12 +6,14 @@
 
 Text and patches have their own ways in and out; everything between is shared. Read `Transfusion.forward` first, then up
 from `Block`. Sampling uses the same pieces one modality at a time, with a `KVCache`.
-Exports `TransfusionConfig`, `SIZES` (the paper's table of models), `Transfusion` and `KVCache`.
+Exports `TransfusionConfig`, `SIZES` (the paper's table of models), `Transfusion` and `KVCache`; and `load_llama` and
+`freeze_text`, to start from a Llama, which a reader of the paper can skip.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from vae import read_json, read_safetensors
 
 
 @dataclass
@@ -28,8 +32,11 @@ class TransfusionConfig:
     dim: int = 768
     n_layers: int = 16
     n_heads: int = 12
+    n_kv_heads: int = 0  # heads of the keys and values, each shared by a group of query heads (Llama 3); 0 = n_heads
     mlp_multiple: int = 256  # the MLP is 8/3 dim wide, rounded up to a multiple of this
+    mlp_width: int = 0  # or as wide as this (Llama 3); 0 = by mlp_multiple
     rope_theta: float = 10000.0
+    rope_scaling: tuple = ()  # Llama 3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
     norm_eps: float = 1e-5
     qk_norm: bool = False  # RMSNorm on queries and keys: not in the paper's model, steadier at high learning rates
     patch_size: int = 2  # k: k x k latent pixels make one patch
@@ -40,6 +47,11 @@ class TransfusionConfig:
     def __post_init__(self):
         if self.dim % (2 * self.n_heads):
             raise ValueError(f"dim is {self.dim} and n_heads {self.n_heads}: a head needs an even width, so dim must be a multiple of {2 * self.n_heads}")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, {self.n_heads}")
+        self.rope_scaling = tuple(self.rope_scaling)  # JSON has lists
+        if len(self.rope_scaling) not in (0, 4):
+            raise ValueError(f"rope_scaling is {self.rope_scaling}; it must be four numbers, as in 8,1,4,8192")
         if self.latent_size % self.patch_size:
             raise ValueError(f"patch_size is {self.patch_size}; it must divide the latent image's side, {self.latent_size}")
 
@@ -49,9 +61,14 @@ class TransfusionConfig:
         return (self.latent_size // self.patch_size) ** 2
 
     @property
+    def kv_heads(self):
+        """Heads of the keys and values."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
     def mlp_dim(self):
         """Hidden width of the MLP."""
-        return math.ceil(8 * self.dim / 3 / self.mlp_multiple) * self.mlp_multiple
+        return self.mlp_width or math.ceil(8 * self.dim / 3 / self.mlp_multiple) * self.mlp_multiple
 
 
 SIZES = {  # section 4.1, table 2
@@ -78,9 +95,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
 
 
-def rope_table(positions, head_dim, theta):
-    """cos and sin of the rotary embedding (Su et al. 2021): positions (B, S) -> two of (B, 1, S, head_dim), float32."""
+def rope_table(positions, head_dim, theta, scaling=()):
+    """cos and sin of the rotary embedding (Su et al. 2021): positions (B, S) -> two of (B, 1, S, head_dim), float32.
+
+    scaling: of Llama 3.1, `TransfusionConfig.rope_scaling`. Waves that turn fewer than `low` times within the original
+    length become `factor` times as long, those that turn more than `high` times stay, and between the two it is blended.
+    """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    if scaling:
+        factor, low, high, length = scaling
+        kept = ((length * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions[:, None, :, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)  # Llama's layout: component i is rotated with component i + head_dim / 2
     return angles.cos(), angles.sin()
@@ -99,24 +124,25 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_heads = config.n_heads
-        head_dim = config.dim // config.n_heads
-        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.heads = config.n_heads, config.kv_heads, config.kv_heads  # of q, k and v
+        self.head_dim = head_dim = config.dim // config.n_heads
+        self.qkv = nn.Linear(config.dim, sum(self.heads) * head_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
         self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, update=None):
-        q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.n_heads)
+        q, k, v = rearrange(self.qkv(x), "b s (h d) -> b h s d", d=self.head_dim).split(self.heads, dim=1)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)  # rope is float32, and so are these
         # On CPU the backward of bf16 attention is several times slower than float32's: stay in float32 there.
         q, k, v = (z.float() if x.device.type == "cpu" else z.to(v.dtype) for z in (q, k, v))
         if update is not None:
             k, v = update(k, v)
+        shared = k.shape[1] < q.shape[1]
         if isinstance(mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=mask)
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=shared)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 
@@ -156,7 +182,7 @@ class KVCache:
     """
 
     def __init__(self, config, rows, length, device="cpu", dtype=torch.float32):
-        shape = config.n_layers, rows, config.n_heads, length, config.dim // config.n_heads
+        shape = config.n_layers, rows, config.kv_heads, length, config.dim // config.n_heads
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
@@ -257,7 +283,7 @@ class Transfusion(nn.Module):
     def trunk(self, h, positions, mask=None, cache=None):
         """The shared blocks and the final norm: h (B, S, dim), positions (B, S) -> (B, S, dim). mask: bool, True = may
         attend, broadcastable to (B, 1, S, keys), or a BlockMask. With a cache, the keys are its visible slots."""
-        rope = rope_table(positions, self.config.dim // self.config.n_heads, self.config.rope_theta)
+        rope = rope_table(positions, self.config.dim // self.config.n_heads, self.config.rope_theta, self.config.rope_scaling)
         for layer, block in enumerate(self.blocks):
             if cache is not None:
                 h = block(h, rope, mask, partial(cache.update, layer))
@@ -278,6 +304,101 @@ class Transfusion(nn.Module):
         h = self.trunk(h, positions, mask)
         patches = h.flatten(0, 1)[slots].unflatten(0, (-1, self.config.n_patches))
         return self.head(h), self.patches.decode(patches)
+
+
+# ---- Starting from Llama --------------------------------------------------------------------------------------------
+
+
+def inspect_llama(folder):
+    """What a Llama's folder holds -> the fields of TransfusionConfig that it settles, whether its head is its embedding, and its
+    files of weights. Raises ValueError, naming the file, if one is missing, or it is no Llama or one whose block is not ours."""
+    path, settings = Path(folder) / "config.json", read_json(Path(folder) / "config.json")
+    # transformers 5 writes rope_parameters, those before it rope_theta and rope_scaling.
+    rope = {"rope_theta": settings.get("rope_theta", 10000.0)} | (settings.get("rope_scaling") or {}) | (settings.get("rope_parameters") or {})
+    stretch = rope.get("rope_type", rope.get("type", "default"))
+    wanted = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    odd = [name for name, value in wanted.items() if settings.get(name, value if name != "model_type" else None) != value]
+    if odd or stretch not in ("default", "llama3"):
+        what = f"{odd[0]} is {settings.get(odd[0])!r}" if odd else f"RoPE is stretched by the method {stretch!r}"
+        raise ValueError(f"{path}: {what}; it must be a Llama without biases, with RoPE as it is or as in Llama 3")
+    try:
+        sizes = dict(
+            dim=settings["hidden_size"], n_layers=settings["num_hidden_layers"], n_heads=settings["num_attention_heads"],
+            n_kv_heads=settings.get("num_key_value_heads") or 0, mlp_width=settings["intermediate_size"], vocab_size=settings["vocab_size"],
+            norm_eps=settings.get("rms_norm_eps", 1e-6), rope_theta=rope["rope_theta"], qk_norm=False,
+            rope_scaling=tuple(rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+            if stretch == "llama3" else (),
+        )  # fmt: skip
+    except KeyError as error:
+        raise ValueError(f"{path}: lacks {error}") from None
+    wrong = [name for name in ("dim", "n_layers", "n_heads", "mlp_width", "vocab_size") if not isinstance(sizes[name], int) or sizes[name] < 1]
+    if wrong:
+        raise ValueError(f"{path}: gives {sizes[wrong[0]]!r} as the model's {wrong[0]}; it must be a whole number above 0")
+    if settings.get("head_dim") not in (None, sizes["dim"] // sizes["n_heads"]):
+        raise ValueError(f"{path}: head_dim is {settings['head_dim']}; only hidden_size / num_attention_heads can be read")
+    index, files = path.with_name("model.safetensors.index.json"), [path.with_name("model.safetensors")]
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise ValueError(f"{index}: its weight_map must name a file for every weight")
+        files = [path.with_name(name) for name in sorted(set(shards.values()))]
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{file}: no such file" + (f", but {index.name} names it; all {len(files)} shards are needed" if index.exists() else ""))
+    return sizes, settings.get("tie_word_embeddings", False), files
+
+
+@torch.no_grad()
+def load_llama(path, config=None, new_tokens=0):
+    """A Llama 2 or 3 in Hugging Face's format -> Transfusion whose text logits are its own.
+
+    path: folder with config.json and model.safetensors, or the shards that model.safetensors.index.json names
+    config: TransfusionConfig of what Llama has no say in, patches and latents; default: the paper's
+    new_tokens: rows appended to the vocabulary, for <BOI> and the like
+    These rows and the ways in and out of patches are drawn anew. A head that was tied to the embedding becomes a copy of it:
+    ours are untied. Raises ValueError, naming the file that is missing, broken or of other sizes than config.json says.
+    """
+    sizes, tied, files = inspect_llama(path)
+    n_tokens = sizes["vocab_size"]
+    model = Transfusion(replace(config or TransfusionConfig(), **sizes | dict(vocab_size=n_tokens + new_tokens)))
+    places = {"model.embed_tokens": model.embedding.weight[:n_tokens], "model.norm": model.norm.weight}  # their layer -> our weight, or a slice of it
+    if not tied:
+        places["lm_head"] = model.head.weight[:n_tokens]
+    for n, block in enumerate(model.blocks):
+        q, k, v = block.attention.qkv.weight.split([heads * block.attention.head_dim for heads in block.attention.heads])
+        gate, up = block.mlp.gate_up.weight.chunk(2)
+        places |= {f"model.layers.{n}.{name}": place for name, place in {
+            "input_layernorm": block.attention_norm.weight, "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+            "self_attn.o_proj": block.attention.out.weight, "post_attention_layernorm": block.mlp_norm.weight,
+            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.mlp.down.weight,
+        }.items()}  # fmt: skip
+    for file in files:
+        for name, weight in read_safetensors(file).items():
+            layer = name.removesuffix(".weight")
+            if layer not in places:
+                if "rotary_emb" in name or (tied and layer == "lm_head"):  # a table that we compute; the embedding once more
+                    continue
+                raise ValueError(f"{file}: {name} has no place in a Llama of the sizes in config.json")
+            if weight.shape != places[layer].shape:
+                raise ValueError(f"{file}: {name} is of shape {tuple(weight.shape)}, but of {tuple(places[layer].shape)} by config.json")
+            places.pop(layer).copy_(weight)
+    if places:
+        raise ValueError(f"{path}: {len(places)} weights are missing, such as {min(places)}.weight")
+    if tied:
+        model.head.weight[:n_tokens] = model.embedding.weight[:n_tokens]
+    return model
+
+
+def freeze_text(model, new_tokens):
+    """Leave to training only what a Llama lacks: the ways in and out of patches, and the last `new_tokens` rows of embedding
+    and head. Returns how many parameters that is. The optimiser must not decay embedding and head: that moves frozen rows."""
+    partly = {"embedding.weight", "head.weight"} if new_tokens else set()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("patches.") or name in partly)
+        if name in partly:
+            old = torch.arange(len(parameter))[:, None] < len(parameter) - new_tokens
+            parameter.register_hook(lambda gradient, old=old: gradient.masked_fill(old.to(gradient.device), 0))
+    return sum(p.numel() for p in model.patches.parameters()) + len(partly) * new_tokens * model.config.dim
 
 
 # ---- What a size costs ----------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ From Python: `generate(load("out/small"), [["a red circle at the top left"], [im
 
 import argparse
 import difflib
+import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from attention_mask import transfusion_mask
 from data import Picture, Tokenizer, collate, fit_image, length, load_image, restore_tokenizer
 from diffusion import DDPM, guide
 from model import KVCache, Transfusion, TransfusionConfig
-from vae import VAE, VAEConfig, load_checkpoint
+from vae import VAE, VAEConfig, load_checkpoint, read_json, read_safetensors, write_safetensors
 
 
 @dataclass
@@ -48,23 +49,42 @@ class Trained:
 
 
 def load(path, device="cpu"):
-    """Read a checkpoint of train.py (a file, or the run's folder) -> Trained, with the averaged weights, in eval mode.
+    """Read a checkpoint of train.py (a file, or the run's folder), or a folder of `export` -> Trained, with the averaged weights, in eval mode.
 
     Raises ValueError, naming the file, if it is missing, broken or of other sizes than it says.
     """
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    state = load_checkpoint(path)
+    path = Path(path)
+    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
+        state = read_json(path / "config.json")
+        if state.get("model_type") != "transfusion":
+            raise ValueError(f"{path}: is a model of type {state.get('model_type')!r}, not one that sample.py --export wrote")
+        state |= {"ema": read_safetensors(path / "model.safetensors"), "vae": read_safetensors(path / "vae.safetensors")}
+    else:
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        state = load_checkpoint(path)
     if not isinstance(state, dict) or "ema" not in state:
         raise ValueError(f"{path}: is not a checkpoint of train.py")
-    config = state["config"]
-    model, vae = Transfusion(TransfusionConfig(**config["model"])), VAE(VAEConfig(**state["vae_config"]))
+    try:
+        config = state["config"]
+        model, vae, ddpm = Transfusion(TransfusionConfig(**config["model"])), VAE(VAEConfig(**state["vae_config"])), DDPM(**config["diffusion"])
+        tokenizer = restore_tokenizer(state["tokenizer"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its configuration is not of this version ({error})") from None
     try:
         model.load_state_dict(state["ema"])
         vae.load_state_dict(state["vae"])
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not have the sizes of its configuration ({str(error).splitlines()[-1].strip()})") from None
-    ddpm = DDPM(**config["diffusion"])
-    return Trained(model.to(device).eval(), vae.to(device).eval(), ddpm.to(device), restore_tokenizer(state["tokenizer"]), config)
+    return Trained(model.to(device).eval(), vae.to(device).eval(), ddpm.to(device), tokenizer, config)
+
+
+def export(trained, folder):
+    """Write a model for others, without what only training needs: model.safetensors, vae.safetensors, and config.json with the
+    tokenizer and all sizes. `load` reads it back. Raises OSError if it cannot be written, ValueError without the package."""
+    config = {"model_type": "transfusion", "config": trained.config, "vae_config": asdict(trained.vae.config), "tokenizer": trained.tokenizer.state()}
+    write_safetensors(Path(folder) / "model.safetensors", trained.model.state_dict())
+    write_safetensors(Path(folder) / "vae.safetensors", trained.vae.state_dict())
+    (Path(folder) / "config.json").write_text(json.dumps(config, indent=1))
 
 
 # ---- The engine -----------------------------------------------------------------------------------------------------
@@ -337,10 +357,14 @@ def main(argv=None):
     parser.add_argument("--top_k", type=int, default=0, help="sample text among the k likeliest tokens; 0 = all")
     parser.add_argument("--max_tokens", type=int, default=64, help="at most so much new text")
     parser.add_argument("--out", default="out/samples", help="folder for the pictures (default out/samples)")
+    parser.add_argument("--export", metavar="FOLDER", help="write the model there as safetensors and JSON, and stop; --ckpt FOLDER reads it back")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     ckpt = args.ckpt or newest_checkpoint()
     trained = load(ckpt, pick_device(args.device))
+    if args.export:
+        export(trained, args.export)
+        return print(f"wrote {args.export}: config.json, model.safetensors, vae.safetensors")
     image = [Image.fromarray(load_image(args.image, trained.config["data"]["image_size"]))] if args.image else []
     prompts = [[*image, prompt] for prompt in args.prompt] or [image]
     num = (1 if image and not args.prompt else 4) if args.num is None else args.num

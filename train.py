@@ -43,9 +43,9 @@ from attention_mask import flex_mask, transfusion_mask
 from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer, to_pixels
 from diffusion import DDPM, DiffusionConfig
 from evaluate import evaluate, format_scores
-from model import SIZES, Transfusion, TransfusionConfig, training_flops
-from sample import Parser, Trained, contact_sheet, generate, pick_device
-from vae import VAE, VAEConfig, load_checkpoint, load_vae, save_checkpoint, train_vae
+from model import SIZES, Transfusion, TransfusionConfig, freeze_text, inspect_llama, load_llama, training_flops
+from sample import Parser, Trained, contact_sheet, generate, load, pick_device
+from vae import VAE, VAEConfig, load_checkpoint, load_vae, read_json, save_checkpoint, standardise, train_vae
 
 
 # ---- Configuration --------------------------------------------------------------------------------------------------
@@ -59,7 +59,9 @@ class Config:
     out: str = ""  # folder of checkpoints, log and pictures; "" = out/<preset>
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or mps
-    vae: str = ""  # checkpoint of a trained VAE; "" = train one first
+    vae: str = ""  # checkpoint of a trained VAE, or one of diffusers or latent diffusion; "" = train one first
+    init_from: str = ""  # a Llama's folder, or a checkpoint of ours, whose weights to start from; its sizes are then the model's
+    freeze_text: bool = False  # with init_from: train only what is new, the ways in and out of patches and the special tokens
     rows: int = 512  # rows of seq_len tokens a step, over all processes: 2M tokens with the default 4096
     micro_rows: int = 4  # rows that a process runs at once; gradients are accumulated over the rest. 0 = all
     max_steps: int = 250_000
@@ -92,6 +94,10 @@ class Config:
     autoencoder: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):
+        if self.freeze_text and not self.init_from:
+            raise ValueError("freeze_text is true, but there is nothing to freeze: give --init_from too")
+        if self.freeze_text and self.fsdp:
+            raise ValueError("freeze_text does not work with --fsdp, which cuts the rows of the vocabulary; leave one of them out")
         choices = dict(device=("auto", "cpu", "cuda", "mps"), sampler=("ddpm", "ddim"), compile=("auto", "on", "off"),
                        attention=("auto", "sdpa", "flex"), precision=("auto", "bf16", "fp32"))  # fmt: skip
         for name, allowed in choices.items():
@@ -346,16 +352,27 @@ class Interrupt:
             signal.signal(s, handler)
 
 
-def prepare_vae(config, device, resume=False):
-    """The VAE that a Config names, or else one trained on its pictures; from <out>/vae.pt if `resume` and that is finished."""
-    vae = load_vae(config.vae, device) if config.vae else None
+def check_vae(config, vae, own):
+    """Raises ValueError if the latents of the VAE that --vae names are not of the size that a checkpoint's own VAE has."""
+    sizes = [(v.config.latent_channels, v.config.factor) for v in (vae, own)]
+    if sizes[0] != sizes[1]:
+        says = [f"latents of {channels} channels, {factor} pixels apart" for channels, factor in sizes]
+        raise ValueError(f"--vae {config.vae}: has {says[0]}, but the checkpoint was trained on {says[1]}; leave --vae out to use the checkpoint's own")
+
+
+def prepare_vae(config, device, resume=False, own=None):
+    """The VAE that a Config names, or else `own` (of the checkpoint that training starts from), or else one trained on the
+    pictures; from <out>/vae.pt if `resume` and that is finished."""
+    vae = load_vae(config.vae, device) if config.vae else own
+    if own:
+        check_vae(config, vae, own)
     factor = (vae.config if vae else config.autoencoder).factor
     if config.data.image_size % factor:
         raise ValueError(f"image_size is {config.data.image_size}; it must be a multiple of the VAE's factor, {factor}")
-    if vae:
+    if vae and ((vae.latent_std != 1).any() or vae.latent_mean.any()):
         return vae
     path = Path(config.out) / "vae.pt"
-    if resume and path.exists() and load_checkpoint(path).get("done"):
+    if not vae and resume and path.exists() and load_checkpoint(path).get("done"):
         return load_vae(path, device)
     pairs = open_pairs(config.data, "train", config.seed)
 
@@ -364,9 +381,38 @@ def prepare_vae(config, device, resume=False):
     def pictures(first, n):
         return to_pixels(np.stack([pixels for _, pixels in readable(pairs, first, n, skipped)]))
 
+    if vae:
+        print(f"1. the VAE is {config.vae}, which does not say how its latents are scaled: measuring them", flush=True)
+        torch.manual_seed(config.seed)
+        standardise(vae, pictures, config.autoencoder.batch)
+        return vae
     print(f"1. the VAE ({config.autoencoder.steps:,} steps; to use it again: --vae {path})", flush=True)
     with Interrupt() as interrupt:
         return train_vae(config.autoencoder, pictures, path, config.seed, device, resume, interrupted=lambda: interrupt.asked)
+
+
+def is_llama(path):
+    """Is it a folder to be read by load_llama, rather than a checkpoint or an export of ours?"""
+    settings = Path(path) / "config.json"
+    return settings.exists() and read_json(settings).get("model_type") != "transfusion"
+
+
+def initial_model(config, tokenizer, start=None):
+    """The model that training begins with; config.model becomes its sizes. start: what --init_from names, if it is ours."""
+    c = config.model
+    if start:
+        theirs = asdict(start.model.config) | {"prediction": start.config["diffusion"]["prediction"]}
+        for name, ours in (("patch_size", c.patch_size), ("prediction", config.diffusion.prediction)):
+            if theirs[name] != ours:
+                raise ValueError(f"--init_from {config.init_from}: was trained with {name} {theirs[name]}; give --{name} {theirs[name]}")
+        model = start.model.train()
+        model.config.latent_size = c.latent_size
+    elif config.init_from:
+        model = load_llama(config.init_from, c, tokenizer.vocab_size - tokenizer.bos)
+    else:
+        model = Transfusion(c)
+    config.model = model.config
+    return model
 
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of several processes, gathered in the first
@@ -393,12 +439,22 @@ class Run:
             self.say(f"--resume: nothing is saved in {self.out} yet; starting from the beginning")
         if state and not {"optimizer", "tokenizer", "stream"} <= set(state):
             raise ValueError(f"{self.checkpoint}: is not a checkpoint of train.py")
+        start = load(config.init_from) if config.init_from and not state and not is_llama(config.init_from) else None
         if state:
             self.tokenizer = restore_tokenizer(state["tokenizer"])
             self.vae = VAE(VAEConfig(**state["vae_config"])).to(self.device).eval()
             self.vae.load_state_dict(state["vae"])
+            if config.vae and Path(config.vae).exists():
+                check_vae(config, load_vae(config.vae), self.vae)
+            if config.init_from:  # its sizes stand in the checkpoint, and so do the weights by now
+                config.model = TransfusionConfig(**state["config"]["model"])
+        elif start:
+            self.tokenizer, self.vae = start.tokenizer, prepare_vae(config, self.device, own=start.vae.to(self.device))
         else:
             self.tokenizer = open_tokenizer(config.data, open_pairs(config.data, "train", config.seed))
+            # Whatever is wrong with the Llama, say so before a VAE is trained.
+            if config.init_from and (theirs := inspect_llama(config.init_from)[0]["vocab_size"]) != self.tokenizer.bos:
+                raise ValueError(f"--init_from {config.init_from}: knows {theirs} tokens, but the tokenizer {self.tokenizer.bos}; give --tokenizer {config.init_from}/tokenizer.json")
             self.vae = self._prepare_vae(resume)
         c = config.model
         c.vocab_size, c.latent_channels = self.tokenizer.vocab_size, self.vae.config.latent_channels
@@ -406,12 +462,18 @@ class Run:
         c.__post_init__()  # check once more, now that the sizes are known
 
         torch.manual_seed(config.seed)
-        self.model = Transfusion(c).to(self.device)
+        self.model = (initial_model(config, self.tokenizer, start) if not state else Transfusion(c)).to(self.device)
+        c, partly = config.model, set()
+        if config.freeze_text:
+            n_special, n_all = self.tokenizer.vocab_size - self.tokenizer.bos, sum(p.numel() for p in self.model.parameters())
+            n_trained = freeze_text(self.model, n_special)
+            self.say(f"--freeze_text: of {n_all:,} parameters, {n_trained:,} are trained: those of patches, and the rows of the {n_special} special tokens")
+            partly = {self.model.embedding.weight, self.model.head.weight}  # decay would move their frozen rows
         self.parallel = wrap(self.model, config, self.device)
         self.average = Average(self.model)
         self.ddpm = DDPM(**asdict(config.diffusion)).to(self.device)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        others = [p for p in self.model.parameters() if p.ndim < 2]
+        matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim >= 2 and p not in partly]
+        others = [p for p in self.model.parameters() if p.requires_grad and (p.ndim < 2 or p in partly)]
         groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
 
@@ -431,14 +493,12 @@ class Run:
             tqdm.write(text)
 
     def _prepare_vae(self, resume):
-        """As prepare_vae; of several processes the first trains it, the others read what it wrote."""
-        if self.rank:
-            dist.barrier()
-            return load_vae(self.config.vae or self.out / "vae.pt", self.device)
-        vae = prepare_vae(self.config, self.device, resume)
+        """As prepare_vae; where it must be trained, the first process does that, and the others read what it wrote."""
+        if self.ranks > 1 and self.rank == 0 and not self.config.vae:
+            prepare_vae(self.config, self.device, resume)
         if self.ranks > 1:
             dist.barrier()
-        return vae
+        return prepare_vae(self.config, self.device, resume or self.ranks > 1)
 
     def _loader(self, split, rows, workers=0, batch_rows=0):
         """This process's share of a split: every `ranks`-th of so many rows a step."""

@@ -9,12 +9,15 @@ and averaged over the batch. The paper's further term on MoCo v2 features is lef
 Trains in float32: half precision gives NaNs here. Each latent channel is standardised by statistics that are measured
 after training and stored with the weights, so that the diffusion sees mean 0 and variance 1.
 
-Exports `VAEConfig`, `VAE`, `train_vae`, and the checkpoint functions `save_checkpoint` and `load_checkpoint`.
+Exports `VAEConfig`, `VAE`, `train_vae`, the checkpoint functions `save_checkpoint` and `load_checkpoint`, and, for other
+people's weights, `load_pretrained`, which a reader of the paper can skip.
 `python vae.py --config small` trains one alone and writes reconstructions.
 """
 
+import json
 import math
 import os
+import re
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +38,8 @@ class VAEConfig:
     latent_channels: int = 8
     unshuffle: int = 1  # pixels a side folded into channels before the first convolution: cheap downsampling for small models
     mid_attention: bool = True
+    quant_convs: bool = False  # 1x1 convolutions on both sides of the latents, which pretrained ones may have
+    norm_groups: int = 0  # of every group norm; 0 = 32, fewer where there are fewer channels
     kl_weight: float = 1e-6
     perceptual_weight: float = 1.0  # LPIPS, when the package lpips is installed
     disc_weight: float = 0.5
@@ -43,6 +48,9 @@ class VAEConfig:
     batch: int = 32
     lr: float = 1e-4
     warmup: int = 1000
+
+    def __post_init__(self):
+        self.channel_multiples = tuple(self.channel_multiples)  # JSON has lists
 
     @property
     def factor(self):
@@ -113,13 +121,15 @@ def encoder(c):
             layers.append(ResBlock(width, c.channels * multiple))
             width = c.channels * multiple
     layers += middle(width, c.mid_attention)
-    return nn.Sequential(*layers, norm(width), nn.SiLU(), nn.Conv2d(width, 2 * c.latent_channels, 3, padding=1))
+    layers += [norm(width), nn.SiLU(), nn.Conv2d(width, 2 * c.latent_channels, 3, padding=1)]
+    return nn.Sequential(*layers, *([nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)] if c.quant_convs else []))
 
 
 def decoder(c):
     """Latents (N, latent_channels, h, w) -> pictures (N, 3, f h, f w)."""
     width = c.channels * c.channel_multiples[-1]
-    layers = [nn.Conv2d(c.latent_channels, width, 3, padding=1), *middle(width, c.mid_attention)]
+    layers = [nn.Conv2d(c.latent_channels, c.latent_channels, 1)] if c.quant_convs else []
+    layers += [nn.Conv2d(c.latent_channels, width, 3, padding=1), *middle(width, c.mid_attention)]
     for level, multiple in enumerate(reversed(c.channel_multiples)):
         if level:
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
@@ -136,6 +146,11 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = encoder(config), decoder(config)
+        for module in self.modules() if config.norm_groups else ():
+            if isinstance(module, nn.GroupNorm):
+                if module.num_channels % config.norm_groups:
+                    raise ValueError(f"norm_groups is {config.norm_groups}; it must divide the channels, {module.num_channels}")
+                module.num_groups = config.norm_groups
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
@@ -196,6 +211,18 @@ def load_perceptual(device):
     except Exception as error:  # not installed, or its VGG weights cannot be fetched
         print(f"training the VAE without LPIPS ({type(error).__name__}); `pip install lpips` gives it")
         return None
+
+
+@torch.no_grad()
+def standardise(vae, pictures, batch):
+    """Measure the statistics of the latents on some 2048 pictures, `batch` at a time; `pictures` as for train_vae."""
+    device, z = vae.latent_mean.device, []
+    for i in range(max(1, 2048 // batch)):  # draws, not means: a channel that carries little is mostly the posterior's own noise
+        mean, log_var = vae.posterior(pictures(i * batch, batch).to(device))
+        z.append(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
+    z = torch.cat(z)
+    vae.latent_mean.copy_(z.mean((0, 2, 3)))
+    vae.latent_std.copy_(z.std((0, 2, 3)))
 
 
 def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_every=5000, interrupted=lambda: False):
@@ -263,16 +290,7 @@ def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_e
         if interrupted():
             save()
             raise KeyboardInterrupt
-    vae.eval()
-    with torch.no_grad():
-        # Of draws, not of means: a channel that carries little is mostly the posterior's own noise.
-        z = []
-        for i in range(max(1, 2048 // config.batch)):
-            mean, log_var = vae.posterior(pictures(i * config.batch, config.batch).to(device))
-            z.append(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
-        z = torch.cat(z)
-        vae.latent_mean.copy_(z.mean((0, 2, 3)))
-        vae.latent_std.copy_(z.std((0, 2, 3)))
+    standardise(vae.eval(), pictures, config.batch)
     save(done=True)
     return vae
 
@@ -312,15 +330,154 @@ def load_checkpoint(path):
 
 
 def load_vae(path, device="cpu"):
-    """The VAE of a checkpoint written by train_vae or train.py, in eval mode. Raises ValueError, naming the file."""
+    """The VAE of a checkpoint written by train_vae or train.py, or a pretrained one (`load_pretrained`), in eval mode.
+    Raises ValueError, naming the file."""
+    if Path(path).is_dir() or Path(path).suffix == ".safetensors":
+        return load_pretrained(path).to(device)
     state = load_checkpoint(path)
     if not isinstance(state, dict) or "vae_config" not in state:
-        raise ValueError(f"{path}: is a checkpoint, but holds no VAE")
+        return from_latent_diffusion(state, path).to(device)
     vae = VAE(VAEConfig(**state["vae_config"])).to(device)
     try:
         vae.load_state_dict(state["vae"])
     except RuntimeError:
         raise ValueError(f"{path}: the weights do not have the sizes of its configuration") from None
+    return vae.eval()
+
+
+def read_json(path):
+    """A JSON file that holds an object -> dict. Raises ValueError, naming the file."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: no such file") from None
+    except ValueError as error:  # UnicodeDecodeError too
+        raise ValueError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return found
+
+
+def read_safetensors(path, keep=lambda name: True):
+    """The tensors of a .safetensors file whose names pass `keep`, on the CPU -> dict. Raises ValueError, naming the file."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError(f"{path}: to read it, pip install safetensors") from None
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if keep(name)}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is not a safetensors file, or is truncated ({error})") from None
+
+
+def write_safetensors(path, tensors):
+    """The inverse, with the folder if need be; like save_checkpoint, the new file or the old one, never half of one. Raises
+    OSError if it cannot be written, ValueError without the package."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError(f"{path}: to write it, pip install safetensors") from None
+    path, partial = Path(path), Path(f"{path}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: could not be saved ({error})") from error
+
+
+# ---- Pretrained autoencoders ----------------------------------------------------------------------------------------
+
+# diffusers' names -> latent diffusion's; the second group of the attention's is of diffusers before 0.18.
+FROM_DIFFUSERS = [
+    (r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)", r"\1.\2.block.\3"), (r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0", r"\1.\2.\3sample"),
+    (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"), (r"mid_block\.attentions\.0", "mid.attn_1"),
+    ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut"), ("group_norm", "norm"),
+    (r"to_([qkv])\.", r"\1."), (r"to_out\.0", "proj_out"), (r"query\.", "q."), (r"key\.", "k."), (r"value\.", "v."), ("proj_attn", "proj_out"),
+]  # fmt: skip
+
+
+def load_pretrained(path):
+    """A KL autoencoder of the Stable Diffusion family, with any number of latent channels -> VAE in eval mode.
+
+    path: a folder of diffusers' AutoencoderKL; or a file, .safetensors or of torch, with its weights or with those of the
+    original latent diffusion (Rombach et al. 2022), alone or within the whole model's checkpoint.
+    A folder also says how the latents are standardised; a file does not: they then stay as they are (mean 0, std 1 are
+    assumed) until `standardise` measures them. Raises ValueError, naming the file.
+    """
+    path, settings = Path(path), {}
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"{path}: is a folder without config.json; a VAE's folder must be one of diffusers' AutoencoderKL")
+        settings = read_json(path / "config.json")
+        if settings.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+            raise ValueError(f"{path}: is a {settings['_class_name']}; of diffusers' autoencoders only AutoencoderKL can be read")
+        path = path / "diffusion_pytorch_model.safetensors"
+    state = read_safetensors(path, VAE_NAME.match) if path.suffix == ".safetensors" else load_checkpoint(path)
+    return from_latent_diffusion(state, path, settings)
+
+
+VAE_NAME = re.compile(r"(?:first_stage_model\.)?((?:(?:en|de)coder|(?:post_)?quant_conv)\..*)")
+
+
+def layer_names(config):
+    """How latent diffusion calls the layers of our encoder and decoder, in order -> two lists."""
+    levels, middle = range(len(config.channel_multiples)), ["mid.block_1", *["mid.attn_1"] * config.mid_attention, "mid.block_2"]
+    down, up = ["conv_in"], ["conv_in", *middle]
+    for i in levels:
+        down += [f"down.{i - 1}.downsample.conv"] * (i > 0) + [f"down.{i}.block.{j}" for j in range(config.n_res)]
+    for i in reversed(levels):
+        up += [f"up.{i + 1}.upsample.conv"] * (i < levels[-1]) + [f"up.{i}.block.{j}" for j in range(config.n_res + 1)]
+    encoder, decoder = ([f"{part}.{name}" for name in [*names, "norm_out", "conv_out"]] for part, names in (("encoder", [*down, *middle]), ("decoder", up)))
+    return [*encoder, *["quant_conv"] * config.quant_convs], [*["post_quant_conv"] * config.quant_convs, *decoder]
+
+
+def from_latent_diffusion(state, path, settings=None):
+    """Weights by their names, in latent diffusion's layout or diffusers', and the settings in diffusers' config.json -> VAE.
+    The sizes are read off the weights. Raises ValueError, naming `path`, if they are no such autoencoder's."""
+    settings, found = settings or {}, state.get("state_dict", state) if isinstance(state, dict) else {}
+    found = {match[1]: value for name, value in found.items() if (match := VAE_NAME.match(name)) and torch.is_tensor(value)}
+    if "encoder.conv_in.weight" not in found or "decoder.conv_in.weight" not in found:
+        raise ValueError(f"{path}: holds no VAE; it must be a checkpoint of vae.py or train.py, or a KL autoencoder of diffusers or latent diffusion")
+    of_diffusers = any("_blocks." in name for name in found)
+    for pattern, name in FROM_DIFFUSERS if of_diffusers else ():
+        found = {re.sub(pattern, name, key): value for key, value in found.items()}
+    n_levels = len({name.split(".")[2] for name in found if name.startswith("encoder.down.")})
+    if of_diffusers:  # counts the decoder's levels from the lowest resolution up, latent diffusion the other way round
+        found = {re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up.{n_levels - 1 - int(m[1])}", name): value for name, value in found.items()}
+    try:
+        channels, latent_channels = len(found["encoder.conv_in.weight"]), found["decoder.conv_in.weight"].shape[1]
+        config = VAEConfig(
+            channels=channels, channel_multiples=tuple(len(found[f"encoder.down.{i}.block.0.conv1.bias"]) // channels for i in range(n_levels)),
+            n_res=len({name.split(".")[4] for name in found if name.startswith("encoder.down.0.block.")}), latent_channels=latent_channels,
+            mid_attention="encoder.mid.attn_1.q.weight" in found, quant_convs="quant_conv.weight" in found, norm_groups=settings.get("norm_num_groups", 32),
+        )  # fmt: skip
+        if settings.get("latent_channels", latent_channels) != latent_channels:
+            raise ValueError(f"{path}: its latents have {latent_channels} channels, but {settings['latent_channels']} in the config.json beside it")
+        vae, weights = VAE(config), {}
+        for part, names in zip(("encoder", "decoder"), layer_names(config)):
+            layers = [(n, layer.state_dict()) for n, layer in enumerate(getattr(vae, part)) if list(layer.parameters())]
+            for (n, layer), name in zip(layers, names, strict=True):
+                for key, value in layer.items():
+                    theirs = f"{name}.{key.replace('skip.', 'nin_shortcut.').replace('out.', 'proj_out.')}"
+                    weight = found.pop(theirs)
+                    if weight.numel() != value.numel():
+                        raise ValueError(f"{path}: {theirs} is of shape {tuple(weight.shape)}, not {tuple(value.shape)}: no KL autoencoder of latent diffusion")
+                    weights[f"{part}.{n}.{key}"] = weight.view_as(value)  # diffusers' attention has linear layers for 1x1 convolutions
+    except KeyError as error:
+        raise ValueError(f"{path}: lacks {error.args[0]}: no KL autoencoder of latent diffusion, or not all of it") from None
+    if found:
+        raise ValueError(f"{path}: has weights that our autoencoder has no place for, such as {min(found)}")
+    vae.load_state_dict(weights, strict=False)
+    try:  # what diffusers diffuses is (z - shift) * scaling, or by channel (z - mean) / std * scaling
+        vae.latent_mean.copy_(torch.tensor(settings.get("latents_mean") or settings.get("shift_factor") or 0.0))
+        vae.latent_std.copy_(torch.tensor(settings.get("latents_std") or 1.0) / (settings.get("scaling_factor") or 1.0))
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path}: the scaling of the latents in the config.json beside it must be numbers, one or {latent_channels}") from None
     return vae.eval()
 
 

@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import flex_attention  # noqa: E402
 from attention_mask import flex_mask, transfusion_mask  # noqa: E402
 from data import Picture, Tokenizer, collate  # noqa: E402
 from diffusion import DDPM  # noqa: E402
-from model import SIZES, RMSNorm, Transfusion, TransfusionConfig, rope_table, rotate, training_flops  # noqa: E402
+from model import SIZES, Transfusion, TransfusionConfig, rope_table, rotate, training_flops  # noqa: E402
 from train import NO_LOSS, Config, autocast, losses, mean_context, peak_flops, wrap  # noqa: E402
 
 

@@ -6,11 +6,13 @@ import os
 import runpy
 import subprocess
 import sys
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py, and before torch is imported: waiting threads give way to other programs
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -71,6 +73,25 @@ def picture(seed, side=SIDE, max_t=1000):
     """A document's picture of random pixels."""
     pixels = torch.randint(256, (side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).numpy()
     return Picture(lambda: pixels, max_t)
+
+
+def drawn_weights(shapes, scale=1.0):
+    """{name: shape} -> {name: float32 tensor}, random but a function of each name and shape alone: so fixtures of other
+    people's models need not hold their weights. Matrices keep the variance of what goes in; norms are near one."""
+    weights = {}
+    for name, shape in shapes.items():
+        w = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+        w = scale * w / np.prod(shape[1:]) ** 0.5 if len(shape) > 1 else ("norm" in name and name.endswith("weight")) + 0.2 * w
+        weights[name] = torch.tensor(w, dtype=torch.float32)
+    return weights
+
+
+def frechet_features(n, dim, shift):
+    """Two sets of correlated features (n, dim), the second shifted and stretched."""
+    draw = np.random.default_rng(n + dim)
+    a, b = draw.standard_normal((2, n, dim))
+    mix = draw.standard_normal((dim, dim))
+    return a @ mix, b @ (mix * (1 + shift)) + shift
 
 
 # ---- The scripts, as a user runs them -------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, TINY, flags
 
 from train import Run, parse

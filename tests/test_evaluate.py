@@ -1,18 +1,21 @@
 """evaluate.py: the judge reads what was drawn, rejects what was not, and the scores are what they say."""
 
 import itertools
+import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, tiny_trained
+from conftest import FIXTURES, frechet_features, run_here, tiny_model, tiny_trained
 from PIL import Image
 
 import evaluate as evaluate_module
-from data import BACKGROUNDS, COLOURS, GRAMMARS, PLACES, RELATIONS, Scenes, Tokenizer
-from evaluate import ASPECTS, components, evaluate, format_scores, judge, parse_caption, perplexity, prompt_accuracy, read_scene
+from data import BACKGROUNDS, COLOURS, GRAMMARS, PLACES, RELATIONS, DataConfig, Pairs, Scenes, Tokenizer, open_pairs
+from evaluate import (ASPECTS, cider, clip_scorer, components, evaluate, format_scores, frechet_distance, inception_features, judge, latent_features,
+                      parse_caption, perplexity, prompt_accuracy, read_scene, read_texts, words)  # fmt: skip
 
 SIZES = [("places", 32), ("relations", 32), ("rich", 64), ("rich", 256)]
 SPLITS = Scenes.SPLITS[1:]
@@ -281,3 +284,213 @@ def test_prompt_accuracy_returns_its_pictures(monkeypatch):
 def test_an_untrained_model_scores_nothing():
     scores = evaluate(tiny_trained(flat_model(Tokenizer()), steps=1), judged=3)
     assert all(found[what]["all"] == 0 for found in scores["splits"].values() for what in ("prompts", "captions"))
+
+
+# ---- Scores on real data --------------------------------------------------------------------------------------------
+
+METRICS = json.loads((FIXTURES / "metrics.json").read_text())  # made by make_fixtures.py
+
+
+def test_cider_equals_coco_captions():
+    """One caption after the other, on words that both were given; one of them is empty."""
+    candidates, references = [text.split() for text in METRICS["candidates"]], [[text.split() for text in texts] for texts in METRICS["references"]]
+    assert cider(candidates, references) == pytest.approx(METRICS["cider"], abs=1e-6) and METRICS["cider"] > 1
+    for n, expected in enumerate(METRICS["each"]):  # the mean of all with this one changed to nothing tells its share
+        alone = [caption if m == n else [] for m, caption in enumerate(candidates)]
+        assert cider(alone, references) == pytest.approx(expected / len(candidates), abs=1e-6)
+
+
+def test_cider_knows_the_best_and_the_worst():
+    references = [[words(text)] for text in ("a dog runs over the green grass", "two cats sleep on a bed", "the man's red hat falls down")]
+    assert cider([r[0] for r in references], references) == pytest.approx(10)
+    assert cider([["nothing"], ["of"], ["these"]], references) == 0
+
+
+def test_words_are_lower_case_without_punctuation():
+    assert words("A man's dog, running -- fast!") == ["a", "man", "'s", "dog", "running", "fast"]
+    assert words("Zwei Stühle; 3 cats") == ["zwei", "stühle", "3", "cats"] and words("...") == []
+
+
+@pytest.mark.parametrize("n, dim, shift, by_torchmetrics, by_scipy", METRICS["frechet"])
+def test_frechet_distance_equals_torchmetrics_and_scipy(n, dim, shift, by_torchmetrics, by_scipy):
+    assert frechet_distance(*frechet_features(n, dim, shift)) == pytest.approx(by_torchmetrics, rel=1e-6)
+    assert by_torchmetrics == pytest.approx(by_scipy, rel=1e-6) and by_scipy > 1
+
+
+def test_frechet_distance_of_like_and_of_few():
+    a, _ = frechet_features(100, 5, 0.0)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, a + 2) == pytest.approx(4 * 5)  # equal covariances: the means' distance alone
+    assert frechet_distance(a[:1], a[:1] + 1) == pytest.approx(5)  # one picture has no covariance
+
+
+def test_latent_features_tell_pictures_apart():
+    """Those of other scenes are near, those of noise far."""
+    vae, rng = tiny_trained(tiny_model()).vae, np.random.default_rng(0)
+    scenes, others = ([Scenes(seed=seed).example(i).render() for i in range(200)] for seed in (0, 1))
+    noise = list(rng.integers(0, 256, (200, 32, 32, 3), np.uint8))
+    features = [latent_features(vae, pictures) for pictures in (scenes, others, noise)]
+    assert features[0].shape == (200, 48)
+    assert 10 * frechet_distance(features[0], features[1]) < frechet_distance(features[0], features[2])
+
+
+def own_data(folder, n=30):
+    """A folder of scenes with captions."""
+    folder.mkdir()
+    for i in range(n):
+        scene = Scenes().example(i)
+        Image.fromarray(scene.render()).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(scene.caption)
+    return folder
+
+
+def of_folder(folder):
+    """The tiny model, as if trained on that folder."""
+    trained = tiny_trained(flat_model(Tokenizer()), steps=1)
+    trained.config["data"] |= dict(data=str(folder), max_broken=0.5)
+    return trained
+
+
+@pytest.mark.parametrize("wrong", [0, 5])
+def test_real_data_is_scored_by_cider_and_the_distance_of_latents(wrong, tmp_path, monkeypatch):
+    """Of a model that is right, or `wrong` times gives another's answer."""
+    trained = of_folder(own_data(tmp_path / "data", 100))
+    config = DataConfig(**trained.config["data"])
+    pairs = [open_pairs(config, split, 1).pair(i) for split in Pairs.SPLITS[1:] for i in range(5)]
+    monkeypatch.setattr(evaluate_module, "generate", truth(pairs, wrong))
+    scores = evaluate(trained, judged=5)
+    for found in scores["splits"].values():
+        assert found["n"] == 5 and (found["captions"]["all"] == 1) == (not wrong)
+        assert (found["cider"] > 9) == (not wrong) and found["latent_frechet_distance"] == pytest.approx(0, abs=1e-6)  # the same pictures, in another order
+    table = format_scores(scores)
+    assert "CIDEr-D" in table and "not FID" in table and "no FID: give --inception" in table and "no CLIP score: give --clip" in table
+    monkeypatch.setattr(evaluate_module, "draw", lambda trained, captions, seed: [np.zeros((32, 32, 3), np.uint8)] * len(captions))
+    assert all(found["latent_frechet_distance"] > 1 for found in evaluate(trained, judged=5)["splits"].values())
+
+
+def test_scenes_are_asked_for_no_files():
+    assert "--inception" not in format_scores(evaluate(tiny_trained(flat_model(Tokenizer()), steps=1), judged=1))
+
+
+def test_long_texts_are_cut_to_the_rows(tmp_path):
+    """Each piece has its own <BOS>; nothing is left out and nothing counted twice."""
+    trained = tiny_trained(tiny_model(scale=8.0, side=32, patch_size=8), seq_len=21)
+    text = "what is longer than a row of twenty-one tokens is cut into pieces of twenty. "
+    cut = [text[i : i + 20] for i in range(0, len(text), 20)]
+    assert perplexity(trained, [text]) == pytest.approx(perplexity(trained, cut))
+    assert perplexity(trained, [text * 60])[0] == pytest.approx(perplexity(trained, [text * 60 + "!"])[0], rel=0.01)
+    with pytest.raises(ValueError, match="no text"):
+        perplexity(trained, ["", ""])
+
+
+def test_texts_are_read(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    assert "".join(read_texts(tmp_path / "a.txt")) == "one\ntwo\n" and read_texts(tmp_path / "b.jsonl") == ["one", "two"]
+    for name, content in (("empty.txt", b""), ("empty.jsonl", b'{"caption": "x"}\n'), ("latin.txt", b"caf\xe9")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            read_texts(tmp_path / name)
+    with pytest.raises(ValueError, match="missing.txt: no such file"):
+        read_texts(tmp_path / "missing.txt")
+
+
+def test_script_says_at_once_that_a_text_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_here("evaluate.py", "--text", "none.txt")
+    assert code == 1 and err == "error: --text none.txt: no such file\n"
+
+
+# ---- Other people's networks ----------------------------------------------------------------------------------------
+
+
+def test_without_the_packages_it_says_what_to_get(tmp_path, monkeypatch):
+    for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3", "transformers", "open_clip"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+    with pytest.raises(ValueError, match="--inception: no FID; give .*pip install torch-fidelity"):
+        inception_features(tmp_path / "weights.pth")
+    for config in ("config.json", "open_clip_config.json"):
+        (tmp_path / config).write_text("{}")
+        with pytest.raises(ValueError, match="no CLIP score .*pip install") as error:
+            clip_scorer(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_clip_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--clip .*there is no config.json"):
+        clip_scorer(tmp_path)
+
+
+def test_inception_weights_that_are_none_are_refused(tmp_path):
+    pytest.importorskip("torch_fidelity", reason="pip install torch-fidelity")
+    with pytest.raises(ValueError, match="weights.pth: no such file; give --inception"):
+        inception_features(tmp_path / "weights.pth")
+    torch.save({"x": torch.zeros(3)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="weights.pth: is another network; give --inception"):
+        inception_features(tmp_path / "weights.pth")
+
+
+def test_inception_features_of_random_weights(tmp_path, monkeypatch):
+    """Of pictures of any size, 2048 numbers each, the same whatever stands beside."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="pip install torch-fidelity")
+    with monkeypatch.context() as patch:  # the package makes no network without weights
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(module.torch, "load", lambda *_, **__: None)
+        network = module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path="none")
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    pictures = [np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8) for i in range(3)]
+    features = inception_features(tmp_path / "weights.pth")
+    found = features(pictures)
+    assert found.shape == (3, 2048) and found.dtype == np.float64
+    assert np.abs(found[2] - features(pictures[2:])[0]).max() < 0.01 * np.abs(found[2] - found[1]).max()
+
+
+def test_clip_score_equals_transformers(tmp_path):
+    """Of a tiny random CLIP."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = {piece: n for n, piece in enumerate([*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=16)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(vocab_size=54, max_position_embeddings=16, bos_token_id=52, eos_token_id=53, pad_token_id=53)
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text | small, vision_config=dict(image_size=32, patch_size=16) | small, projection_dim=8)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+    model.save_pretrained(tmp_path)
+    pictures_as_they_are = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPProcessor(pictures_as_they_are, tokenizer).save_pretrained(tmp_path)
+    pictures = [np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8) for i in range(40)]
+    captions = ["a red cat", "a dog that is far longer than sixteen tokens", "x", "blue"] * 10
+    ids = torch.tensor([(tokenizer(c, padding="max_length", truncation=True, max_length=16))["input_ids"] for c in captions])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (pictures_as_they_are.image_mean, pictures_as_they_are.image_std))
+    pixels = (torch.from_numpy(np.stack(pictures)).movedim(-1, 1) / 255 - mean) / std
+    with torch.no_grad():
+        mask = torch.arange(16) < (ids == 53).int().argmax(1, keepdim=True) + 1
+        cosines = (model(input_ids=ids, pixel_values=pixels, attention_mask=mask.long()).logits_per_image / model.logit_scale.exp()).diagonal()
+    assert (cosines > 0).any() and (cosines < 0).any()
+    assert clip_scorer(tmp_path)(pictures, captions) == pytest.approx(100 * cosines.clamp(min=0).mean().item(), abs=0.01)
+    (tmp_path / "model.safetensors").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="--clip .*no CLIP score"):
+        clip_scorer(tmp_path)
+
+
+def test_clip_score_equals_open_clip(tmp_path):
+    """Likewise, of a folder as open_clip saves it."""
+    open_clip = pytest.importorskip("open_clip", reason="pip install open_clip_torch")
+    config = dict(embed_dim=8, vision_cfg=dict(image_size=32, layers=1, width=64, patch_size=16), text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1))
+    preprocess = dict(mean=[0.5] * 3, std=[0.25] * 3, interpolation="bicubic", resize_mode="shortest")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config, preprocess_cfg=preprocess)))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config).eval()
+    model.visual.proj.data.neg_()  # with this seed, cosines above 0
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    pictures, captions = [np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8) for i in range(40)], ["a red cat", "two dogs", "x", "blue"] * 10
+    with torch.no_grad():
+        image = model.encode_image((torch.from_numpy(np.stack(pictures)).movedim(-1, 1) / 255 - 0.5) / 0.25, normalize=True)
+        cosines = (image * model.encode_text(open_clip.tokenize(captions), normalize=True)).sum(-1)
+    assert cosines.std() > 0.01 and (cosines > 0).any()
+    assert clip_scorer(tmp_path)(pictures, captions) == pytest.approx(100 * cosines.clamp(min=0).mean().item(), abs=0.01)

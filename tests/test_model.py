@@ -120,10 +120,24 @@ def test_timestep_reaches_every_patch_and_only_its_image():
     assert same.abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_cache_equals_the_whole_sequence(qk_norm):
+def test_grouped_heads_equal_repeated_ones():
+    """Grouped-query attention is multi-head attention whose groups have the same keys and values."""
+    grouped, plain = tiny_model(scale=8.0, n_heads=4, n_kv_heads=2), tiny_model(scale=8.0, n_heads=4)
+    weights = grouped.state_dict()
+    for n in range(2):
+        q, k, v = weights[f"blocks.{n}.attention.qkv.weight"].unflatten(0, (-1, 8)).split([4, 2, 2])
+        weights[f"blocks.{n}.attention.qkv.weight"] = torch.cat([q, k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)]).flatten(0, 1)
+    plain.load_state_dict(weights)
+    h, positions = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0)), torch.arange(7).expand(2, -1)
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    torch.testing.assert_close(grouped.trunk(h, positions, causal), plain.trunk(h, positions, causal), rtol=1e-4, atol=1e-4)
+    assert KVCache(grouped.config, rows=1, length=4).k.shape == (2, 1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(qk_norm=True), dict(n_heads=4, n_kv_heads=2)], ids=["plain", "qk_norm", "grouped"])
+def test_cache_equals_the_whole_sequence(options):
     """Rows of different lengths, decoded a piece at a time, rows and pieces in any order."""
-    model, n = tiny_model(scale=8.0, qk_norm=qk_norm), 9
+    model, n = tiny_model(scale=8.0, **options), 9
     tokens = torch.randint(200, (3, n), generator=torch.Generator().manual_seed(0))
     causal = torch.ones(n, n, dtype=torch.bool).tril()
     with torch.no_grad():
@@ -149,7 +163,9 @@ def test_writing_a_cache_slot_again_replaces_it():
         assert torch.equal(run(second, used), run(second, fresh))
 
 
-@pytest.mark.parametrize("wrong, message", [(dict(dim=100, n_heads=3), "multiple of 6"), (dict(patch_size=3), "must divide")])
+@pytest.mark.parametrize("wrong, message", [
+    (dict(dim=100, n_heads=3), "multiple of 6"), (dict(patch_size=3), "must divide"),
+    (dict(n_heads=6, n_kv_heads=4), "n_kv_heads is 4"), (dict(rope_scaling=(8, 1)), "four numbers")])  # fmt: skip
 def test_impossible_sizes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         TransfusionConfig(**wrong)

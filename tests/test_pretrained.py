@@ -1,0 +1,323 @@
+"""Other people's weights: the autoencoders of diffusers and latent diffusion, Llama folders, and what is wrong with them."""
+
+import json
+import re
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, drawn_weights
+from torch import nn
+
+import model as model_module
+from attention_mask import transfusion_mask
+from model import Transfusion, TransfusionConfig, freeze_text, load_llama
+from vae import VAE, VAEConfig, from_latent_diffusion, load_pretrained, load_vae, save_checkpoint, standardise
+
+VAES = ["stable diffusion", "without quant", "by channel", "latent diffusion"]
+LLAMAS = ["llama 2", "grouped, untied", "llama 3.1", "llama 3.2, tied"]
+
+
+def fixture(file, kind):
+    """One of the models in fixtures/vaes.npz or llamas.npz -> (its values, its config.json as a dict, its weights)."""
+    values = {name.split(": ")[-1]: value for name, value in np.load(FIXTURES / file).items() if ": " not in name or name.startswith(f"{kind}: ")}
+    config, shapes = json.loads(str(values.pop("config"))), json.loads(str(values.pop("shapes")))
+    return {name: torch.from_numpy(value) for name, value in values.items()}, config, drawn_weights(shapes, scale=2.0 if file == "llamas.npz" else 1.0)
+
+
+def write(path, weights):
+    """A .safetensors file; the test is skipped without the package."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pytest.importorskip("safetensors.torch", reason="pip install safetensors").save_file(weights, path)
+
+
+# ---- Autoencoders ---------------------------------------------------------------------------------------------------
+
+
+def expect_vae(vae, values):
+    """Encoding and decoding agree with diffusers' values, and the VAE is fit to be used."""
+    assert not vae.training
+    with torch.no_grad():
+        mean, log_var = vae.posterior(values["x"])
+        for found, expected in ((mean, "mean"), (log_var, "log_var"), (vae.decoder(values["mean"]), "decoded")):
+            torch.testing.assert_close(found, values[expected], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_encoding_and_decoding_equal_diffusers(kind):
+    values, config, weights = fixture("vaes.npz", kind)
+    vae = from_latent_diffusion(weights, "weights", config)
+    expect_vae(vae, values)
+    assert vae.config.latent_channels == values["mean"].shape[1] and vae.config.factor == 16 // values["mean"].shape[2]
+    torch.testing.assert_close(vae.encode(values["x"]), values["latents"], rtol=0, atol=1e-4)  # as diffusers scales and shifts them
+    torch.testing.assert_close(vae.decode(values["latents"]), values["decoded"].clamp(-1, 1), rtol=0, atol=1e-4)
+
+
+def test_fixtures_could_fail():
+    """Pictures and latents are not so small that anything would pass, and a wrong layer shows."""
+    for kind in VAES:
+        values, config, weights = fixture("vaes.npz", kind)
+        assert all(values[name].std() > 0.1 for name in ("x", "mean", "log_var", "decoded"))
+        name = next(n for n in weights if re.search(r"decoder.*(resnets.1.conv1|block.1.conv1).weight", n))
+        with pytest.raises(AssertionError):
+            expect_vae(from_latent_diffusion(weights | {name: weights[name].flip(0)}, "weights", config), values)
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_a_folder_of_diffusers_is_read(kind, tmp_path):
+    values, config, weights = fixture("vaes.npz", kind)
+    write(tmp_path / "sd" / "diffusion_pytorch_model.safetensors", {name: w.half() for name, w in weights.items()})  # half precision, as many are
+    (tmp_path / "sd" / "config.json").write_text(json.dumps(config))
+    vae = load_pretrained(tmp_path / "sd")
+    assert vae.encoder[1].weight.dtype == torch.float32 and vae.latent_std[0] == pytest.approx(config["scaling_factor"] ** -1 * (config["latents_std"] or [1])[0])
+    torch.testing.assert_close(vae.posterior(values["x"])[0], values["mean"], rtol=0.02, atol=0.02)
+
+
+def test_files_of_latent_diffusion_are_read(tmp_path):
+    """Alone and within a whole model's checkpoint, as .ckpt and as .safetensors; where nothing says how to scale, nothing is scaled."""
+    values, _, weights = fixture("vaes.npz", "latent diffusion")
+    bare = {name.removeprefix("first_stage_model."): w for name, w in weights.items()}
+    junk = {"model.diffusion_model.out.0.weight": torch.zeros(4), "loss.logvar": torch.zeros(())}
+    torch.save({"state_dict": weights | junk, "epoch": 3}, tmp_path / "whole.ckpt")
+    torch.save(bare, tmp_path / "bare.pt")
+    for name in ("whole.ckpt", "bare.pt"):
+        vae = load_vae(tmp_path / name)
+        expect_vae(vae, values)
+        assert not vae.latent_mean.any() and (vae.latent_std == 1).all()
+    for name, state in (("whole.safetensors", weights | junk), ("bare.safetensors", bare)):
+        write(tmp_path / name, state)
+        expect_vae(load_vae(tmp_path / name), values)
+
+
+def test_old_names_of_diffusers_attention_are_read():
+    values, config, weights = fixture("vaes.npz", "stable diffusion")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = {re.sub(r"to_[qkv]|to_out\.0", lambda m: old[m[0]], name): w for name, w in weights.items()}
+    assert any("proj_attn" in name for name in weights)
+    expect_vae(from_latent_diffusion(weights, "weights", config), values)
+
+
+def test_a_pretrained_vae_survives_a_checkpoint(tmp_path):
+    values, config, weights = fixture("vaes.npz", "stable diffusion")
+    vae = from_latent_diffusion(weights, "weights", config)
+    save_checkpoint(tmp_path / "vae.pt", {"vae_config": asdict(vae.config), "vae": vae.state_dict()})
+    again = load_vae(tmp_path / "vae.pt")
+    expect_vae(again, values)
+    assert torch.equal(again.latent_std, vae.latent_std)
+
+
+def test_unscaled_latents_can_be_measured():
+    values, _, weights = fixture("vaes.npz", "latent diffusion")
+    vae = from_latent_diffusion(weights, "weights")
+    pictures = lambda first, n: torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(first)) * 2 - 1
+    standardise(vae, pictures, 256)
+    x = pictures(0, 256)
+    z = vae.encode(x, torch.randn(256, 4, 4, 4, generator=torch.Generator().manual_seed(0)))
+    assert z.mean((0, 2, 3)).abs().max() < 0.05 and (z.std((0, 2, 3)) - 1).abs().max() < 0.05
+
+
+def without(weights, *parts):
+    return {name: w for name, w in weights.items() if not any(part in name for part in parts)}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w, c: (without(w, "mid_block.resnets.1"), c), "lacks encoder.mid.block_2"),
+    (lambda w, c: (without(w, "decoder.conv_in"), c), "holds no VAE"),
+    (lambda w, c: ({}, c), "holds no VAE"),
+    (lambda w, c: (w | {"encoder.down_blocks.1.attentions.0.to_q.weight": torch.zeros(4, 4)}, c), "no place for.*down_blocks.1.attentions"),
+    (lambda w, c: (w | {"decoder.conv_out.weight": torch.zeros(4, 32, 3, 3)}, c), r"decoder.conv_out.weight is of shape \(4, 32, 3, 3\), not \(3, 32, 3, 3\)"),
+    (lambda w, c: (w, c | {"latent_channels": 16}), "4 channels, but 16 in the config.json"),
+    (lambda w, c: (w, c | {"norm_num_groups": 7}), "norm_groups is 7"),
+    (lambda w, c: (w, c | {"scaling_factor": "big"}), "scaling of the latents"),
+    (lambda w, c: (w, c | {"latents_mean": [0.0, 1.0]}), "scaling of the latents"),
+], ids=["a layer is missing", "no decoder", "nothing", "attention elsewhere", "four colours", "other latents", "groups", "scaling", "means"])  # fmt: skip
+def test_what_is_no_such_vae_is_refused(change, message):
+    _, config, weights = fixture("vaes.npz", "stable diffusion")
+    with pytest.raises(ValueError, match=message) as error:
+        weights, config = change(weights, config)
+        from_latent_diffusion(weights, "weights", config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("broken, message", [
+    (lambda folder: (folder / "config.json").unlink(), "is a folder without config.json"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json: is not JSON"),
+    (lambda folder: (folder / "config.json").write_text("[1]"), "config.json: must hold a JSON object"),
+    (lambda folder: (folder / "config.json").write_text('{"_class_name": "VQModel"}'), "is a VQModel"),
+    (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), "model.safetensors: no such file"),
+    (lambda folder: (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"hello"), "truncated"),
+    (lambda folder: (folder / "diffusion_pytorch_model.safetensors").write_bytes((folder / "diffusion_pytorch_model.safetensors").read_bytes()[:-100]), "truncated"),
+], ids=["no config", "half a config", "a list", "another class", "no weights", "text", "cut off"])  # fmt: skip
+def test_a_broken_folder_is_refused_by_name(broken, message, tmp_path):
+    _, config, weights = fixture("vaes.npz", "stable diffusion")
+    write(tmp_path / "diffusion_pytorch_model.safetensors", weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    broken(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_vae(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # importing it raises ImportError
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="x.safetensors: .*pip install safetensors"):
+        load_vae(tmp_path / "x.safetensors")
+
+
+# ---- Llama ----------------------------------------------------------------------------------------------------------
+
+PATCHES = TransfusionConfig(dim=8, n_heads=2, latent_channels=3, latent_size=4)  # its dim and heads give way to the Llama's
+
+
+def llama_folder(path, kind, shards=1, **change):
+    """The fixture as transformers would write it -> what it should answer."""
+    values, config, weights = fixture("llamas.npz", kind)
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config | change))
+    names = [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)] if shards > 1 else ["model.safetensors"]
+    where = {name: names[n % shards] for n, name in enumerate(sorted(weights))}
+    for file in names:
+        write(path / file, {name: w for name, w in weights.items() if where[name] == file})
+    if shards > 1:
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return values
+
+
+def text_logits(model, tokens):
+    image_id, positions = torch.full_like(tokens, -1), torch.arange(tokens.shape[1]).expand_as(tokens)
+    c = model.config
+    images = torch.zeros(0, c.latent_channels, c.latent_size, c.latent_size)
+    with torch.no_grad():
+        return model(tokens, image_id, positions, transfusion_mask(image_id), images, torch.zeros(0, dtype=torch.long))[0]
+
+
+@pytest.mark.parametrize("shards", [0, 1, 3])
+@pytest.mark.parametrize("kind", LLAMAS)
+def test_text_logits_equal_transformers(kind, shards, tmp_path, monkeypatch):
+    """From files; and, with no shards, from memory, which needs no package to read files with."""
+    if shards:
+        values = llama_folder(tmp_path, kind, shards)
+    else:
+        values, config, weights = fixture("llamas.npz", kind)
+        (tmp_path / "config.json").write_text(json.dumps(config)), (tmp_path / "model.safetensors").touch()
+        monkeypatch.setattr(model_module, "read_safetensors", lambda file: weights)
+    model = load_llama(tmp_path, PATCHES, new_tokens=5)
+    logits = text_logits(model, values["tokens"])
+    assert logits.shape[-1] == 24 + 5 and model.config.latent_channels == 3 and values["logits"].std() > 0.5
+    torch.testing.assert_close(logits[..., :24], values["logits"], rtol=0, atol=1e-4)
+
+
+def test_rope_of_llama_3_matters(tmp_path):
+    """Were the stretching left out, the fixtures would show it."""
+    values = llama_folder(tmp_path, "llama 3.1")
+    model = load_llama(tmp_path, PATCHES)
+    model.config.rope_scaling = ()
+    assert (text_logits(model, values["tokens"]) - values["logits"]).abs().max() > 0.05
+
+
+def test_config_of_older_transformers(tmp_path):
+    """rope_theta and rope_scaling, with `type` for `rope_type`, where transformers 5 has rope_parameters; and half precision."""
+    values = llama_folder(tmp_path, "llama 3.1")
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(text_logits(load_llama(tmp_path, PATCHES), values["tokens"]), values["logits"], rtol=0, atol=1e-4)
+    _, _, weights = fixture("llamas.npz", "llama 3.1")
+    write(tmp_path / "model.safetensors", {name: w.bfloat16() for name, w in weights.items()} | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
+    model = load_llama(tmp_path, PATCHES)
+    assert model.head.weight.dtype == torch.float32
+    assert (text_logits(model, values["tokens"]) - values["logits"]).norm() < 0.05 * values["logits"].norm()
+
+
+def test_the_new_parts_start_fresh(tmp_path):
+    llama_folder(tmp_path, "llama 3.2, tied")
+    torch.manual_seed(0)
+    model = load_llama(tmp_path, PATCHES, new_tokens=200)
+    for weight in (model.embedding.weight[24:], model.head.weight[24:], model.patches.encoder.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.patches.timestep.mlp[0].bias.eq(0).all()
+    assert torch.equal(model.head.weight[:24], model.embedding.weight[:24]) and not torch.equal(model.head.weight[24:], model.embedding.weight[24:])
+    assert Transfusion(TransfusionConfig(**vars(model.config))).load_state_dict(model.state_dict())  # a checkpoint can hold it
+
+
+def test_only_the_new_parts_are_trained(tmp_path):
+    """After steps with momentum everything of the Llama is bit for bit what it was, and every new part has moved."""
+    llama_folder(tmp_path, "llama 3.1")
+    model = load_llama(tmp_path, PATCHES, new_tokens=5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    n = freeze_text(model, 5)
+    assert n == sum(p.numel() for p in model.patches.parameters()) + 2 * 5 * 32
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0)
+    tokens, image_id = torch.arange(29)[None], torch.full((1, 29), -1)
+    image_id[0, 10:14] = 0
+    for step in range(3):
+        logits, prediction = model(tokens, image_id, torch.arange(29)[None], transfusion_mask(image_id), torch.randn(1, 3, 4, 4), torch.tensor([500]))
+        optimizer.zero_grad()
+        (nn.functional.cross_entropy(logits[0], tokens[0]) + prediction.square().mean()).backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        if name in ("embedding.weight", "head.weight"):
+            assert torch.equal(p[:24], before[name][:24]) and ((p - before[name])[24:].abs().amax(1) > 0).all()
+        else:
+            assert torch.equal(p, before[name]) != name.startswith("patches."), name
+
+
+def edit(**change):
+    """Change config.json; None removes a field."""
+
+    def change_it(folder):
+        config = json.loads((folder / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+    return change_it
+
+
+def cut(folder):
+    file = folder / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def forget(folder):
+    """One weight is in none of the shards."""
+    _, _, weights = fixture("llamas.npz", "llama 3.1")
+    write(folder / "model-00003-of-00003.safetensors", {"model.norm.weight": weights["model.norm.weight"]})
+
+
+@pytest.mark.parametrize("broken, message", [
+    (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+    (lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(), "model-00002-of-00003.safetensors: no such file, but .*index.json names it"),
+    (lambda folder: (folder / "model.safetensors.index.json").unlink(), "model.safetensors: no such file"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text("nothing"), "index.json: is not JSON"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": []}'), "index.json: .*weight_map"),
+    (cut, "model-00002-of-00003.safetensors: .*truncated"),
+    (forget, "weights are missing, such as"),
+    (edit(model_type="mistral"), "model_type is 'mistral'"),
+    (edit(model_type=None), "model_type is None"),
+    (edit(attention_bias=True), "attention_bias is True"),
+    (edit(rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}), "'yarn'"),
+    (edit(rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0}), "lacks 'low_freq_factor'"),
+    (edit(hidden_size=None), "lacks 'hidden_size'"),
+    (edit(hidden_size="big"), "'big' as the model's dim"),
+    (edit(hidden_size=64, head_dim=None), "is of shape .* by config.json"),
+    (edit(intermediate_size=44), "is of shape .* by config.json"),
+    (edit(vocab_size=32), "is of shape .* by config.json"),
+    (edit(num_hidden_layers=1), "no place in a Llama"),
+    (edit(num_hidden_layers=3), "9 weights are missing"),
+    (edit(head_dim=16), "head_dim is 16"),
+    (edit(num_key_value_heads=3), "n_kv_heads is 3"),
+])  # fmt: skip
+def test_a_broken_llama_folder_is_refused(broken, message, tmp_path):
+    llama_folder(tmp_path, "llama 3.1", shards=3)
+    broken(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_llama(tmp_path, PATCHES)
+    assert "\n" not in str(error.value)
+
+
+def test_a_vae_with_odd_groups_is_refused():
+    with pytest.raises(ValueError, match="norm_groups is 7"):
+        VAE(VAEConfig(channels=16, n_res=0, norm_groups=7))

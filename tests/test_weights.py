@@ -1,0 +1,200 @@
+"""A model out as safetensors and JSON, and in again; training that starts from other people's weights or from our own."""
+
+import json
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import TINY, flags, run_here, tiny_model
+from PIL import Image
+from test_pretrained import fixture, llama_folder, write
+
+import vae as vae_module
+from data import DataConfig, Tokenizer
+from diffusion import DDPM
+from sample import Trained, export, generate, load
+from train import Config
+from vae import VAE, VAEConfig, save_checkpoint, standardise, write_safetensors
+
+SMALL_VAE = dict(channels=16, channel_multiples=(1, 2), n_res=0, latent_channels=3, mid_attention=False)
+
+
+@pytest.fixture
+def trained():
+    """A tiny model with a tokenizer of some merges."""
+    tokenizer = Tokenizer([(97, 98), (256, 99)])
+    model = tiny_model(scale=8.0, n_heads=4, n_kv_heads=2, vocab_size=tokenizer.vocab_size, rope_scaling=(8, 1, 4, 64))
+    config = Config(model=model.config, data=DataConfig(image_size=16, seq_len=160), steps=3, guidance_scale=1.0)
+    vae = VAE(VAEConfig(**SMALL_VAE)).eval()
+    vae.latent_mean += 0.5
+    return Trained(model, vae, DDPM(), tokenizer, asdict(config))
+
+
+@pytest.mark.parametrize("of_tokenizer", ["merges", "json"])
+def test_what_is_exported_is_read_back(of_tokenizer, trained, tmp_path):
+    pytest.importorskip("safetensors", reason="pip install safetensors")
+    if of_tokenizer == "json":
+        tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
+        from data import JSONTokenizer
+
+        model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "abc": 1, "b": 2}, unk_token="[UNK]"))
+        trained.tokenizer = JSONTokenizer(model.to_str())
+    export(trained, tmp_path / "a" / "model")
+    assert sorted(path.name for path in (tmp_path / "a" / "model").iterdir()) == ["config.json", "model.safetensors", "vae.safetensors"]
+    again = load(tmp_path / "a" / "model")
+    assert again.model.config == trained.model.config and again.vae.config == trained.vae.config and not again.model.training
+    assert again.tokenizer.state() == trained.tokenizer.state() and again.tokenizer.encode("abc b") == trained.tokenizer.encode("abc b")
+    for ours, theirs in ((trained.model, again.model), (trained.vae, again.vae)):
+        theirs = theirs.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
+    if of_tokenizer == "merges":
+        answers = [generate(t, [["abc"]], max_tokens=4) for t in (trained, again)]
+        assert answers[0][0][0] == "abc" and answers[0][0][1].tobytes() == answers[1][0][1].tobytes()
+    export(again, tmp_path / "b")
+    for name in ("config.json", "model.safetensors", "vae.safetensors"):
+        assert (tmp_path / "a" / "model" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("broken, message", [
+    (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "'llama'"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "transfusion"}'), "not of this version"),
+    (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
+    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"n_layers": 2', '"n_layers": 3')), "do not have the sizes"),
+    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"n_layers": 2', '"layers": 2')), "not of this version.*layers"),
+    (lambda f: (f / "config.json").unlink(), "checkpoint.pt: no such checkpoint"),
+    (lambda f: (f / "vae.safetensors").unlink(), "vae.safetensors: no such file"),
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "model.safetensors: .*truncated"),
+])  # fmt: skip
+def test_a_broken_export_is_refused(broken, message, trained, tmp_path):
+    pytest.importorskip("safetensors", reason="pip install safetensors")
+    export(trained, tmp_path)
+    broken(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_where_nothing_can_be_written_it_says_so(tmp_path):
+    pytest.importorskip("safetensors", reason="pip install safetensors")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="x.safetensors: could not be saved"):
+        write_safetensors(tmp_path / "file" / "x.safetensors", {})
+    write_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(3)})
+    (tmp_path / "x.safetensors.partial").mkdir()
+    with pytest.raises(OSError, match="x.safetensors: could not be saved"):
+        write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
+
+
+def test_script_exports(small_run, tmp_path):
+    pytest.importorskip("safetensors", reason="pip install safetensors")
+    checkpoint = small_run[0] / "out/small/checkpoint.pt"
+    code, out, err = run_here("sample.py", "--ckpt", checkpoint, "--export", tmp_path / "model", "--device", "cpu")
+    assert code == 0 and "vae.safetensors" in out, err
+    prompt = ("--prompt", "a red circle", "--num", "1", "--device", "cpu", "--out")
+    for name, ckpt in (("a", checkpoint), ("b", tmp_path / "model")):
+        assert run_here("sample.py", "--ckpt", ckpt, *prompt, tmp_path / name)[0] == 0
+    assert json.loads((tmp_path / "model/config.json").read_text())["config"]["model"]["dim"] == 128
+    a, b = (Image.open(tmp_path / name / "000.png").tobytes() for name in "ab")
+    assert a == b and len(set(a)) > 1
+
+
+# ---- Training that starts from weights ------------------------------------------------------------------------------
+
+
+def train(tmp_path, name, *more, **options):
+    """`train.py --config small`, cut to two steps, with these options -> (exit code, stdout, stderr)."""
+    return run_here("train.py", *flags(**TINY | dict(max_steps=2, device="cpu", out=tmp_path / name) | options), *more)
+
+
+def last(tmp_path, name):
+    return torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+
+
+def byte_llama(path, **change):
+    """A tiny random Llama of the fixture's sizes, whose vocabulary is the 256 bytes."""
+    _, config, weights = fixture("llamas.npz", "llama 3.1")
+    draw = torch.Generator().manual_seed(0)
+    weights |= {name: 0.3 * torch.randn(256, 32, generator=draw) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config | {"vocab_size": 256} | change))
+    write(path / "model.safetensors", weights)
+    return weights
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_training_starts_from_a_llama(freeze, trained_vae, tmp_path):
+    weights = byte_llama(tmp_path / "llama")
+    options = dict(init_from=tmp_path / "llama", merges=0, seq_len=250, vae=trained_vae, freeze_text=freeze, lr=1e-3, warmup=1)
+    code, out, err = train(tmp_path, "a", **options)
+    assert code == 0 and ("are trained: those of patches" in out) == freeze, err
+    state = last(tmp_path, "a")
+    model, c = state["model"], state["config"]["model"]
+    assert (c["dim"], c["n_kv_heads"], c["mlp_width"], c["vocab_size"], c["qk_norm"], c["rope_scaling"]) == (32, 2, 40, 261, False, (8.0, 1.0, 4.0, 16))
+    for ours, theirs in (("embedding.weight", "model.embed_tokens.weight"), ("head.weight", "lm_head.weight"), ("norm.weight", "model.norm.weight"),
+                         ("blocks.1.mlp.down.weight", "model.layers.1.mlp.down_proj.weight")):  # fmt: skip
+        moved = (model[ours][:256] - weights[theirs]).abs().max()
+        assert moved == 0 if freeze else 0 < moved < 0.02, ours
+        assert torch.equal(model[ours][:256], state["ema"][ours][:256]) == freeze
+    assert (model["patches.decoder.bias"] != 0).any()
+    code, out, err = train(tmp_path, "a", "--resume", **options | dict(max_steps=4))
+    assert code == 0 and ("are trained: those of patches" in out) == freeze, err
+    again = last(tmp_path, "a")
+    assert again["step"] == 4 and torch.equal(again["model"]["norm.weight"], weights["model.norm.weight"]) == freeze
+    assert not torch.equal(again["model"]["patches.decoder.bias"], model["patches.decoder.bias"])
+    assert load(tmp_path / "a").model.config.kv_heads == 2
+
+
+def test_training_starts_from_our_own(small_run, tmp_path):
+    """Tokenizer and VAE are the checkpoint's too; pictures may have another size."""
+    checkpoint = small_run[0] / "out/small/checkpoint.pt"
+    start = load(checkpoint)
+    code, _, err = train(tmp_path, "a", init_from=checkpoint, lr=1e-9, image_size=64, seq_len=300)
+    assert code == 0, err
+    state = last(tmp_path, "a")
+    assert state["config"]["model"]["dim"] == 128 and state["tokenizer"] == start.tokenizer.state() and state["config"]["model"]["latent_size"] == 16
+    torch.testing.assert_close(state["model"]["head.weight"], start.model.head.weight.detach(), rtol=0, atol=1e-6)
+    assert all(torch.equal(value, state["vae"][name]) for name, value in start.vae.state_dict().items())
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(freeze_text=True), "there is nothing to freeze: give --init_from too"),
+    (dict(init_from="nowhere"), "nowhere: no such checkpoint"),
+    (dict(init_from="llama"), r"llama: knows 24 tokens, but the tokenizer 256; give --tokenizer .*llama/tokenizer.json"),
+    (dict(init_from="shardless"), "shardless/model.safetensors: no such file"),
+    (dict(init_from="ours", patch_size=1), "trained with patch_size 2; give --patch_size 2"),
+    (dict(init_from="ours", prediction="eps"), "trained with prediction v; give --prediction v"),
+    (dict(init_from="ours", vae="other.pt"), "--vae .*other.pt: has latents of 3 channels, 2 pixels apart, but the checkpoint was trained on latents of 8 channels, 4 pixels apart"),
+    (dict(vae="broken.safetensors"), "broken.safetensors: is not a safetensors file"),
+])  # fmt: skip
+def test_what_cannot_be_started_from_is_refused(options, message, small_run, tmp_path):
+    pytest.importorskip("safetensors", reason="pip install safetensors")
+    llama_folder(tmp_path / "llama", "llama 3.1")
+    llama_folder(tmp_path / "shardless", "llama 3.1")
+    (tmp_path / "shardless/model.safetensors").unlink()
+    (tmp_path / "broken.safetensors").write_bytes(b"12345678")
+    save_checkpoint(tmp_path / "other.pt", {"vae_config": asdict(VAEConfig(**SMALL_VAE)), "vae": VAE(VAEConfig(**SMALL_VAE)).state_dict()})
+    places = {"ours": small_run[0] / "out/small/checkpoint.pt"}
+    options = {name: places.get(value, tmp_path / value) if name in ("init_from", "vae") else value for name, value in options.items()}
+    code, _, err = train(tmp_path, "a", merges=0, **options)
+    assert code == 1 and re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1, err
+
+
+def test_another_vae_is_refused_when_training_goes_on(small_run, tmp_path):
+    """Its latents are not those that the checkpoint knows."""
+    save_checkpoint(tmp_path / "other.pt", {"vae_config": asdict(VAEConfig(**SMALL_VAE)), "vae": VAE(VAEConfig(**SMALL_VAE)).state_dict()})
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/checkpoint.pt").symlink_to(small_run[0] / "out/small/checkpoint.pt")
+    code, _, err = run_here("train.py", "--config", "small", "--device", "cpu", "--out", tmp_path / "a", "--vae", tmp_path / "other.pt", "--resume")
+    assert code == 1 and "has latents of 3 channels" in err and err.count("\n") == 1
+
+
+def test_a_pretrained_vae_is_measured_before_it_is_used(tmp_path, monkeypatch):
+    """A file of latent diffusion does not say how its latents are scaled. Here four pictures must do."""
+    monkeypatch.setattr(vae_module, "standardise", lambda vae, pictures, batch: standardise(vae, lambda first, n: pictures(first, 4), 2048))
+    _, _, weights = fixture("vaes.npz", "latent diffusion")
+    torch.save({"state_dict": weights}, tmp_path / "sd.ckpt")
+    code, out, err = train(tmp_path, "a", vae=tmp_path / "sd.ckpt")
+    assert code == 0 and "measuring them" in out, err
+    state = last(tmp_path, "a")
+    assert (state["vae"]["latent_std"] != 1).all() and state["config"]["model"]["latent_channels"] == 4
