@@ -91,6 +91,12 @@ def test_files_of_latent_diffusion_are_read(tmp_path):
         expect_vae(load_vae(tmp_path / name), values)
 
 
+def test_a_file_of_diffusers_is_read_without_its_config():
+    """The sizes are read off the weights; 32 groups, as everywhere but in toys."""
+    values, _, weights = fixture("vaes.npz", "without quant")
+    expect_vae(from_latent_diffusion(weights, "weights"), values)
+
+
 def test_old_names_of_diffusers_attention_are_read():
     values, config, weights = fixture("vaes.npz", "stable diffusion")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
