@@ -56,6 +56,7 @@ class DataConfig:
     caption_first: float = 0.8  # share of pairs whose caption precedes the picture (section 4.1)
     drop_caption: float = 0.1  # share of caption-first pairs without the caption: the unconditional branch of guidance
     image_first_max_t: int = 500  # noise limit where the picture precedes its caption (section 4.3); 1000 = none
+    latents: str = ""  # folder that vae.py --encode wrote: read in the place of the pictures, for the VAE's encoder takes long at 256x256
     max_broken: float = 0.05  # training stops if more than this share of the pairs, pictures or texts cannot be used
     workers: int = 4  # processes that decode pictures; 0 = none but the training's own
     cache: str = ""  # folder for what is made once (tar indexes, tokenised text); "" = .transfusion beside the data, or else out/cache
@@ -547,8 +548,8 @@ class Pairs:
 
     SPLITS = ("train", "seen", "held_out")
 
-    def __init__(self, path, image_size, split="train", seed=0, max_broken=0.05, cache=""):
-        self.options = path, image_size, split, seed, max_broken, cache
+    def __init__(self, path, image_size, split="train", seed=0, max_broken=0.05, cache="", latents=""):
+        self.options = path, image_size, split, seed, max_broken, cache, latents
         self.image_size, self.seed, self.root, self.shards = image_size, seed, Path(path), []
         found = Found("pictures with captions")
         if self.root.suffix.lower() == ".json":
@@ -576,7 +577,7 @@ class Pairs:
             raise ValueError(f"{path}: holds one picture with a caption; at least two are needed, one of them to be held out")
         out = rows[:, 4] > 0 if 0 < rows[:, 4].sum() < len(rows) else np.arange(len(rows)) == 0  # of a handful, the first is the held-out one
         self.members = np.flatnonzero(out == (split == "held_out"))
-        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(self._read)  # at most 64 MB of pixels
+        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(Latents(latents, len(rows), image_size) if latents else self.read)  # at most 64 MB of pixels
 
     def __len__(self):
         return len(self.members)
@@ -594,7 +595,8 @@ class Pairs:
         start = self.rows[row - 1, 0] if row else 0
         return self.blob[start : self.rows[row, 0]].tobytes().decode(errors="surrogateescape").split("\0")
 
-    def _read(self, row):
+    def read(self, row):
+        """The picture in row `row` of the table, train and held out alike. Raises ValueError if it is broken."""
         name, (_, shard, offset, size, _) = self._text(row)[0], self.rows[row]
         if not self.shards:
             return load_image(self.root / name, self.image_size)
@@ -759,6 +761,29 @@ def coco_records(path, root, found):
         found.skip("captions of unknown images", f"image_id {image}", lost=False)
 
 
+class Latents:
+    """What vae.write_latents wrote about one of the sources. latents(row): float16 (2 C, h, w), the posterior's mean and
+    log-variance; raises ValueError if that picture could not be read."""
+
+    def __init__(self, folder, pictures, image_size):
+        self.folder = Path(folder)
+        try:
+            self.index = json.loads((self.folder / "index.json").read_text())
+            self.shards = [np.load(file, mmap_mode="r") for file in sorted(self.folder.glob("*.npy"))]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--latents {folder}: cannot be read ({error}); write them with vae.py --encode") from None
+        if (self.index["pictures"], self.index["image_size"]) != (pictures, image_size):
+            raise ValueError(f"--latents {folder}: are of {self.index['pictures']:,} pictures of {self.index['image_size']} pixels, not of {pictures:,} of {image_size}")
+        if sum(map(len, self.shards)) != pictures:
+            raise ValueError(f"--latents {folder}: only {sum(map(len, self.shards)):,} of {pictures:,} pictures are encoded; start vae.py --encode again, it goes on")
+
+    def __call__(self, row):
+        latents = np.array(self.shards[row // self.index["shard"]][row % self.index["shard"]])
+        if np.isnan(latents[0, 0, 0]):
+            raise ValueError(f"picture {row} of {self.folder}: could not be read when it was to be encoded")
+        return latents
+
+
 class Mixture:
     """Several Pairs as one, each drawn from in proportion to its weight. Epochs are each source's own."""
 
@@ -803,7 +828,8 @@ def open_pairs(config, split="train", seed=0):
             raise ValueError(f"--data {item}: {weight!r} is no weight") from None
         if not path or weights[-1] <= 0:
             raise ValueError(f"--data {config.data}: wants paths with commas between them, each with a weight above 0 if any, as in a:2,b.tar")
-        sources.append(Pairs(path, config.image_size, split, seed, config.max_broken, config.cache))
+        latents = str(Path(config.latents) / str(len(sources))) if config.latents else ""
+        sources.append(Pairs(path, config.image_size, split, seed, config.max_broken, config.cache, latents))
     return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]
 
 
@@ -1085,7 +1111,7 @@ class Batch:
     image_id: torch.Tensor  # (B, S) int64: which of `images` a patch belongs to, -1 for text
     doc_id: torch.Tensor  # (B, S) int64: which document of its row a position belongs to, -1 for padding
     positions: torch.Tensor  # (B, S) int64: place within the document, for RoPE
-    images: torch.Tensor  # (N, 3, H, W) float32 in -1..1
+    images: torch.Tensor  # (N, 3, H, W) float32 in -1..1; with cached latents (N, 2 C, h, w), the posterior's mean and log-variance
     max_t: torch.Tensor  # (N,) int64: the largest timestep of each image, 0 = clean conditioning without a loss
 
     def to(self, device):
@@ -1144,7 +1170,8 @@ def collate(rows, tokenizer, seq_len, n_patches, errors=None):
             targets[b, here] = np.where(has_loss, np.append(ids[1:], tokenizer.eos), NO_LOSS)
             positions[b, here] = np.arange(len(ids))
             start += len(ids)
-    images = to_pixels(np.stack(images)) if images else torch.zeros(0, 3, 1, 1)
+    images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+    images = to_pixels(images) if images.dtype == np.uint8 else torch.from_numpy(images).float()
     return Batch(*map(torch.from_numpy, (tokens, targets, image_id, doc_id, positions)), images, torch.tensor(max_t, dtype=torch.long))
 
 

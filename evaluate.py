@@ -17,7 +17,7 @@ import math
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -251,7 +251,7 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", cl
     is the picture's own word for word; drawn pictures by the Frechet distance of their latents. On either, FID and CLIP
     score if the files that they need are given. Raises ValueError if those cannot be used.
     """
-    data, device = DataConfig(**trained.config["data"]), next(trained.model.parameters()).device
+    data, device = replace(DataConfig(**trained.config["data"]), latents=""), next(trained.model.parameters()).device
     splits = Pairs.SPLITS[1:] if data.data else Scenes.SPLITS[1:]
     features, clip_score = inception and inception_features(inception, device), clip and clip_scorer(clip, device)
     scores = {"judged": judged, "seed": seed, "splits": {}}

@@ -45,7 +45,7 @@ from diffusion import DDPM, DiffusionConfig
 from evaluate import evaluate, format_scores
 from model import SIZES, Transfusion, TransfusionConfig, freeze_text, inspect_llama, load_llama, training_flops
 from sample import Parser, Trained, contact_sheet, generate, load, pick_device
-from vae import VAE, VAEConfig, load_checkpoint, load_vae, read_json, save_checkpoint, standardise, train_vae
+from vae import VAE, VAEConfig, fingerprint, load_checkpoint, load_vae, read_json, save_checkpoint, standardise, train_vae
 
 
 # ---- Configuration --------------------------------------------------------------------------------------------------
@@ -94,6 +94,8 @@ class Config:
     autoencoder: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):
+        if self.data.latents and not (self.vae or self.init_from):
+            raise ValueError("latents need the VAE that made them; give --vae too")
         if self.freeze_text and not self.init_from:
             raise ValueError("freeze_text is true, but there is nothing to freeze: give --init_from too")
         if self.freeze_text and self.fsdp:
@@ -391,6 +393,13 @@ def prepare_vae(config, device, resume=False, own=None):
         return train_vae(config.autoencoder, pictures, path, config.seed, device, resume, interrupted=lambda: interrupt.asked)
 
 
+def check_latents(config, vae):
+    """Raises ValueError unless --latents were made by this VAE."""
+    for index in Path(config.data.latents).glob("*/index.json"):
+        if read_json(index)["vae"] != fingerprint(vae):
+            raise ValueError(f"--latents {config.data.latents}: were made by another VAE; give the one that made them with --vae, or encode again")
+
+
 def is_llama(path):
     """Is it a folder to be read by load_llama, rather than a checkpoint or an export of ours?"""
     settings = Path(path) / "config.json"
@@ -456,6 +465,8 @@ class Run:
             if config.init_from and (theirs := inspect_llama(config.init_from)[0]["vocab_size"]) != self.tokenizer.bos:
                 raise ValueError(f"--init_from {config.init_from}: knows {theirs} tokens, but the tokenizer {self.tokenizer.bos}; give --tokenizer {config.init_from}/tokenizer.json")
             self.vae = self._prepare_vae(resume)
+        if config.data.latents:
+            check_latents(config, self.vae)
         c = config.model
         c.vocab_size, c.latent_channels = self.tokenizer.vocab_size, self.vae.config.latent_channels
         c.latent_size = config.data.image_size // self.vae.config.factor
@@ -517,8 +528,9 @@ class Run:
 
     # ---- one step ----
 
+    @torch.no_grad()
     def prepare(self, batch, rows, *key, t_draw=None):
-        """A Batch, and the numbers of its rows -> (the Batch, clean latents, t, eps), on the device.
+        """A Batch, and the numbers of its rows -> (the Batch, clean latents (N, C, h, w), t (N,), eps like the latents), on the device.
 
         All that is random (the draw of the VAE's posterior, the timesteps, the noise) is a function of the seed, `key` and the
         row's number: the same for any division of a step's rows, and again when the step is repeated.
@@ -532,7 +544,10 @@ class Run:
             of_posterior, eps = torch.randn(2, len(max_t), c.latent_channels, c.latent_size, c.latent_size, generator=generator, device=self.device)
             draws.append((of_posterior, self.ddpm.draw_timesteps(max_t, generator, t_draw), eps))
         of_posterior, t, eps = (torch.cat(parts) for parts in zip(*draws))
-        return batch, self.vae.encode(batch.images, of_posterior), t, eps
+        if not len(eps):
+            return batch, eps, t, eps
+        posterior = batch.images.chunk(2, dim=1) if self.config.data.latents else self.vae.posterior(batch.images)
+        return batch, self.vae.draw(*posterior, of_posterior), t, eps
 
     def micro_batches(self):
         """This process's rows of the next step, micro_rows at a time, prepared."""

@@ -11,17 +11,21 @@ after training and stored with the weights, so that the diffusion sees mean 0 an
 
 Exports `VAEConfig`, `VAE`, `train_vae`, the checkpoint functions `save_checkpoint` and `load_checkpoint`, and, for other
 people's weights, `load_pretrained`, which a reader of the paper can skip.
-`python vae.py --config small` trains one alone and writes reconstructions.
+`python vae.py --config small` trains one alone and writes reconstructions; with `--data PATH --encode FOLDER` it encodes
+all pictures once, so that training need not: at 256x256 the encoder costs as much as a small transformer.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
+import sys
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -162,7 +166,10 @@ class VAE(nn.Module):
     @torch.no_grad()
     def encode(self, pixels, noise=None):
         """Standardised latents (N, C, H/f, W/f): the posterior's mean, or a draw from it if noise of that shape is given."""
-        mean, log_var = self.posterior(pixels)
+        return self.draw(*self.posterior(pixels), noise)
+
+    def draw(self, mean, log_var, noise=None):
+        """The second half of `encode`: from the posterior to standardised latents."""
         z = mean if noise is None else mean + (0.5 * log_var).exp() * noise
         return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
@@ -293,6 +300,51 @@ def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_e
     standardise(vae.eval(), pictures, config.batch)
     save(done=True)
     return vae
+
+
+# ---- Latents, encoded once ----------------------------------------------------------------------------------------------
+
+
+def fingerprint(vae):
+    """A short text that tells this VAE's weights from any other's."""
+    weights = b"".join(value.detach().cpu().contiguous().numpy().tobytes() for value in vae.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:16]
+
+
+@torch.no_grad()
+def write_latents(vae, sources, folder, shard=4096, batch=32):
+    """Encode every picture of some data.Pairs once, for data.Latents to read: folder/0/00000.npy and so on, a folder for each
+    source, float16 (pictures, 2 latent_channels, h, w): the posterior's mean and log-variance, or NaN where a picture
+    cannot be read. A shard that is there already is kept, so that an interrupted run goes on. Returns how many are NaN."""
+    device, broken = next(vae.parameters()).device, 0
+    for number, pairs in enumerate(sources):
+        place = Path(folder) / str(number)
+        place.mkdir(parents=True, exist_ok=True)
+        side, total = pairs.image_size // vae.config.factor, len(pairs.rows)
+        index = {"pictures": total, "shard": shard, "image_size": pairs.image_size, "vae": fingerprint(vae)}
+        if (place / "index.json").exists() and read_json(place / "index.json") != index:
+            raise ValueError(f"{place}: holds latents of other pictures or of another VAE; name an empty folder")
+        (place / "index.json").write_text(json.dumps(index))
+        for first in tqdm(range(0, total, shard), desc=f"encode {number}"):
+            file = place / f"{first // shard:05d}.npy"
+            if not file.exists():
+                latents = np.full((min(shard, total - first), 2 * vae.config.latent_channels, side, side), np.nan, np.float16)
+                for start in range(0, len(latents), batch):
+                    rows, pixels = [], []
+                    for row in range(start, min(start + batch, len(latents))):
+                        try:
+                            pixels.append(pairs.read(first + row))
+                            rows.append(row)
+                        except ValueError as error:
+                            tqdm.write(f"skipped: {error}", file=sys.stderr)
+                    if rows:
+                        x = torch.from_numpy(np.stack(pixels)).to(device).movedim(-1, 1).float() / 127.5 - 1
+                        latents[rows] = torch.cat(vae.posterior(x), dim=1).clamp(-6e4, 6e4).cpu().numpy()  # float16 ends at 65504
+                with open(file.with_suffix(".partial"), "wb") as partial:
+                    np.save(partial, latents)
+                os.replace(file.with_suffix(".partial"), file)
+            broken += int(np.isnan(np.load(file, mmap_mode="r")[:, 0, 0, 0]).sum())
+    return broken
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
@@ -482,7 +534,6 @@ def from_latent_diffusion(state, path, settings=None):
 
 
 if __name__ == "__main__":
-    import numpy as np
     from PIL import Image
 
     from data import open_pairs, readable, to_pixels
@@ -490,8 +541,19 @@ if __name__ == "__main__":
     from train import parse, prepare_vae, report_errors
 
     def demo():
-        config, resume = parse(description="Train the VAE of a preset alone and write reconstructions.")
+        argv, folder = sys.argv[1:], ""
+        if "--encode" in argv[:-1]:
+            at = argv.index("--encode")
+            folder, argv = argv[at + 1], argv[:at] + argv[at + 2 :]
+        config, resume = parse(argv, "Train the VAE of a preset alone and write reconstructions. --encode FOLDER: write the latents of --data there, for train.py --latents.")
+        if folder and not config.data.data:
+            raise ValueError("--encode needs --data: the built-in scenes have no end, and are encoded as they are drawn")
         vae = prepare_vae(config, pick_device(config.device), resume)
+        if folder:
+            pairs = open_pairs(config.data)
+            broken = write_latents(vae, getattr(pairs, "sources", [pairs]), folder)
+            print(f"wrote {folder}" + (f"; {broken:,} pictures could not be read" if broken else "") + f". Now: python train.py ... --data {config.data.data} --latents {folder} --vae {config.vae or Path(config.out) / 'vae.pt'}")
+            return
         pairs = open_pairs(config.data, "held_out")
         x = to_pixels(np.stack([pixels for _, pixels in readable(pairs, 0, 16)])).to(next(vae.parameters()).device)
         print(f"mean absolute error on held-out pictures: {(x - vae.decode(vae.encode(x))).abs().mean() / 2:.4f} of the range")

@@ -1,0 +1,67 @@
+"""vae.py --encode and train.py --latents: pictures encoded once, and read in their place."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, flags, run_here
+from PIL import Image
+
+from data import Pairs, to_pixels
+from train import Run, parse
+from vae import VAE, load_vae, save_checkpoint, write_latents
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of forty pictures with captions, one of them broken."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for n in range(40):
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{n:02d}.png")
+        (folder / f"{n:02d}.txt").write_text(f"number {n}")
+    (folder / "07.png").write_bytes(b"broken")
+    return folder
+
+
+def test_training_on_latents_encoded_once_equals_encoding_on_the_fly(pictures, trained_vae, tmp_path):
+    """Up to the rounding to float16; each epoch draws anew from the posterior, with the same noise either way."""
+    code, out, err = run_here("vae.py", "--config", "small", "--data", pictures, "--vae", trained_vae, "--encode", tmp_path / "latents")
+    assert code == 0 and "1 pictures could not be read" in out and "07.png" in err, err
+    options = TINY | dict(data=pictures, vae=trained_vae, rows=4)
+    plain = Run(parse(flags(**options, out=tmp_path / "a"))[0])
+    cached = Run(parse(flags(**options, out=tmp_path / "b", latents=tmp_path / "latents"))[0])
+    for _ in range(3):
+        a, b = plain.train_step(), cached.train_step()
+        assert a["lm"] == pytest.approx(b["lm"], abs=2e-3) and a["ddpm"] == pytest.approx(b["ddpm"], abs=2e-3)
+    (x_0, _, _), (y_0, _, _) = (run.prepare(next(run.loader), range(4), 9)[1:] for run in (plain, cached))
+    assert len(x_0) and torch.allclose(x_0, y_0, atol=2e-2) and not torch.equal(x_0, y_0)
+
+
+def test_encoding_goes_on_where_it_was_stopped(pictures, trained_vae, tmp_path):
+    vae, pairs = load_vae(trained_vae), Pairs(pictures, 32)
+    assert write_latents(vae, [pairs], tmp_path, shard=16) == 1
+    before = [np.load(file) for file in sorted((tmp_path / "0").glob("*.npy"))]
+    assert [len(part) for part in before] == [16, 16, 8] and np.isnan(before[0][7]).all()
+    (tmp_path / "0/00001.npy").unlink()
+    with pytest.raises(ValueError, match="only 24 of 40 pictures are encoded"):
+        Pairs(pictures, 32, latents=str(tmp_path / "0"))
+    write_latents(vae, [pairs], tmp_path, shard=16)
+    after = [np.load(file) for file in sorted((tmp_path / "0").glob("*.npy"))]
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, after, strict=True))
+    mean, log_var = vae.posterior(to_pixels(pairs.read(20))[None])
+    torch.testing.assert_close(torch.from_numpy(after[1][4]).float(), torch.cat([mean, log_var], 1)[0], rtol=2e-3, atol=2e-3)
+
+
+def test_latents_that_do_not_fit(pictures, trained_vae, tmp_path):
+    write_latents(load_vae(trained_vae), [Pairs(pictures, 32)], tmp_path / "latents")
+    other = VAE(load_vae(trained_vae).config)
+    with pytest.raises(ValueError, match="of another VAE; name an empty folder"):
+        write_latents(other, [Pairs(pictures, 32)], tmp_path / "latents")
+    save_checkpoint(tmp_path / "other.pt", {"vae_config": asdict(other.config), "vae": other.state_dict() | {"latent_mean": torch.ones_like(other.latent_mean)}})
+    for change, said in ((dict(vae=tmp_path / "other.pt"), "made by another VAE"), (dict(vae=trained_vae, latents=tmp_path / "none"), "vae.py --encode"), ({}, "give --vae")):
+        options = TINY | dict(data=pictures, latents=tmp_path / "latents", out=tmp_path / "out") | change
+        with pytest.raises(ValueError, match=said):
+            Run(parse(flags(**options))[0])
+    with pytest.raises(SystemExit, match="--encode needs --data"):
+        raise SystemExit(run_here("vae.py", "--config", "small", "--encode", tmp_path)[2])
