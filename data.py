@@ -1157,46 +1157,25 @@ class Loader:
     """
 
     def __init__(self, stream, tokenizer, workers=0, batch_rows=None):
-        self.stream, self.tokenizer, self.workers = stream, tokenizer, workers
-        self.batch_rows = batch_rows or len(stream.mine)
+        self.stream, self.tokenizer, self.workers, self.batch_rows = stream, tokenizer, workers, batch_rows or len(stream.mine)
         self.skipped = Skipped("pictures", stream.document.config.max_broken)
-        self._states, self._batches = deque(), None
+        self._batches, self._states = None, deque()  # the states after the batches that are on their way
 
     @property
     def state(self):
         """Where the stream stands for who has used all the batches handed out, and no more."""
-        return self.stream.state if self._batches is None else self._state
-
-    def _keys(self):
-        """The documents' numbers in the rows of each batch, for ever."""
-        stream = self.stream
-        while True:
-            for i in range(0, len(stream.mine), self.batch_rows):
-                rows = [stream.numbers(r) for r in stream.mine[i : i + self.batch_rows]]
-                self._states.append(dict(stream.state))
-                yield rows
-
-    def __getitem__(self, rows):
-        """One batch, made where DataLoader wants it. Errors travel as values: a worker would raise them with its traceback."""
-        stream, errors = self.stream, []
-        try:
-            rows = [[stream.document(i) for i in row] for row in rows]
-            return collate(rows, self.tokenizer, stream.seq_len, stream.n_patches, errors), errors
-        except (ValueError, OSError) as error:
-            return error, errors
-
-    def __getstate__(self):
-        return vars(self) | {"_states": None, "_batches": None}  # what a worker needs
+        return dict(self.stream.state) if self._batches is None else self._state
 
     def __next__(self):
         """The next Batch."""
         if self._batches is None:
-            self._state = dict(self.stream.state)
-            self._batches = iter(DataLoader(self, batch_size=None, sampler=self._keys(), num_workers=self.workers, worker_init_fn=leave_signals,
-                                            generator=torch.Generator()))  # fmt: skip
+            self._state = self.state
+            batches = DataLoader(Rows(self.stream, self.tokenizer), batch_size=None, sampler=pack(self.stream, self.batch_rows, self._states),
+                                 num_workers=self.workers, worker_init_fn=leave_signals, generator=torch.Generator())  # fmt: skip
+            self._batches = iter(batches)
         try:
             batch, errors = next(self._batches)
-        except RuntimeError as error:
+        except (RuntimeError, EOFError, OSError) as error:
             raise OSError(f"a process that loads pictures has died ({error}); out of memory, perhaps: try fewer --workers") from None
         if isinstance(batch, Exception):
             raise batch
@@ -1205,10 +1184,35 @@ class Loader:
         return batch
 
 
+def pack(stream, batch_rows, states):
+    """The documents' numbers in the rows of each batch, for ever; `states` takes where the stream stands after it."""
+    while True:
+        for i in range(0, len(stream.mine), batch_rows):
+            rows = [stream.numbers(r) for r in stream.mine[i : i + batch_rows]]
+            states.append(dict(stream.state))
+            yield rows
+
+
+@dataclass
+class Rows:
+    """Makes batches where DataLoader wants them."""
+
+    stream: Stream
+    tokenizer: Tokenizer
+
+    def __getitem__(self, rows):
+        """Documents' numbers -> a Batch and what went wrong. What stops training is a value too: a worker would raise it with its traceback."""
+        stream, errors = self.stream, []
+        try:
+            return collate([[stream.document(i) for i in row] for row in rows], self.tokenizer, stream.seq_len, stream.n_patches, errors), errors
+        except (ValueError, OSError) as error:
+            return error, errors
+
+
 def leave_signals(worker):
-    """In a worker: Ctrl-C is for the training process, which then ends its workers."""
+    """In a worker: Ctrl-C is for the training process, which then ends its workers and says all that there is to say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = lambda *error: None  # of the thread that hands tensors over, when nobody takes them any more
 
 
 if __name__ == "__main__":
