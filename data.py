@@ -2,21 +2,21 @@
 
     Tokenizer   bytes, or byte-pair encoding learned from the captions; <BOS>, <EOS>, <BOI>, <EOI> and padding after its pieces
     Scenes      the built-in pictures: coloured shapes drawn with Pillow, and the captions that describe them exactly
-    Pairs       your own pictures with captions: a folder, tar shards or COCO; Text: your own text (skip them on a first reading)
     Documents   pairs in both orders, <BOS> caption <BOI> patches <EOI> <EOS> or <BOS> <BOI> patches <EOI> caption <EOS>, and text
     Stream      documents packed into rows of a fixed length
     Batch       what travels from here to the loss; every other file reads it by these names
     Loader      the batches of a stream, their pictures decoded ahead of need in other processes
+    Pairs       your own pictures with captions: a folder, tars or COCO; TextFiles, your own text (formats: skip them on a first reading)
 
 Everything is a function of (seed, index), so any position of the stream can be returned to, by any number of ranks.
 """
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import struct
 import sys
@@ -359,138 +359,16 @@ class SceneText:
         return self.tokenizer.encode(self.text(index))[: self.most]
 
 
-# ---- Your own data: formats (skip this on a first reading) -----------------------------------------------------------
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others, whatever a file is called: Pillow runs a program for EPS
+# ---- Documents ------------------------------------------------------------------------------------------------------
 
 
-def fit_image(image, image_size):
-    """A PIL image as uint8 (image_size, image_size, 3): upright, on white, centre-cropped and resized (section 4.1)."""
-    image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is enough
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
+@dataclass
+class Picture:
+    """An image inside a document, loaded only when its batch is made."""
 
-
-def load_image(file, image_size, name=None):
-    """An image file (a path, or a binary file with its name) as `fit_image` makes it; of an animation, the first frame.
-    Raises ValueError, naming it, if it is no readable image, or larger than Pillow's decompression-bomb limit."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                return fit_image(image, image_size)
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
-    except Exception as error:  # Pillow raises many kinds for broken files: OSError, SyntaxError, struct.error, ...
-        reason = "it is in none of the formats " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name or file}: cannot be read as an image ({reason})") from None
-
-
-@lru_cache(maxsize=None)
-def say(message):
-    """Print on stderr what somebody should know, once, whatever odd characters a file's name brings."""
-    print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr, flush=True)
-
-
-class Skipped:
-    """Counts what is left out, names each thing once on stderr, and raises ValueError when it is more than a share `most` of
-    what was seen, or of 100. what: the plural of what is counted."""
-
-    def __init__(self, what, most):
-        self.what, self.most, self.seen, self.skipped = what, most, 0, 0
-
-    def count(self, seen, messages=()):
-        """`seen` more things, of which those that `messages` name were left out."""
-        self.seen, self.skipped = self.seen + seen, self.skipped + len(messages)
-        for message in messages:
-            say(f"skipped: {message}")
-        if messages and self.skipped > self.most * max(self.seen, 100):
-            raise ValueError(f"{self.skipped} of {self.seen} {self.what} had to be left out, more than --max_broken {self.most:g} allows; the last: {messages[-1]}")
-
-
-class Found:
-    """What reading a source found: good records, and others by kind, with the first of each kind by name."""
-
-    def __init__(self, what):
-        self.what, self.good, self.bad, self.kinds, self.first = what, 0, 0, Counter(), {}
-
-    def skip(self, kind, name, lost=True):
-        """Leave `name` out, because it is of this kind. lost: it would have been a record."""
-        self.bad += lost
-        self.kinds[kind] += 1
-        self.first.setdefault(kind, name)
-
-    def report(self, source, most):
-        """One sentence on what was left out, "" if nothing. Raises ValueError if that is too much, or nothing is left."""
-        note = ", ".join(f"{n:,} {kind} (first: {self.first[kind]})" for kind, n in self.kinds.items())
-        if not self.good:
-            raise ValueError(f"{source}: holds {self.what} of no kind that can be used" + (f": {note}" if note else ""))
-        if self.bad > most * (self.good + self.bad):
-            raise ValueError(f"{source}: {self.bad:,} of {self.good + self.bad:,} {self.what} cannot be used, more than --max_broken {most:g} allows: {note}")
-        return f"{source}: {self.good:,} {self.what}; left out: {note}" if note else ""
-
-
-def stamp(paths):
-    """What changes whenever one of these files does."""
-    return [(str(path), s.st_size, s.st_mtime_ns) for path in paths for s in [os.stat(path)]]
-
-
-def write_table(records, blob, rows):
-    """Records (bytes, int, ...) one after the other into two binary files: the bytes end to end, and a row of int64 for each
-    record, first where its bytes end. So a table takes no Python object per record, and can be memory-mapped."""
-    end = 0
-    for data, *numbers in records:
-        end += len(data)
-        blob.write(data)
-        rows.write(struct.pack(f"={1 + len(numbers)}q", end, *numbers))
-
-
-def cached_table(source, key, records, found, most, columns, cache):
-    """The table of `records()`, made once and memory-mapped from then on -> blob (uint8), rows (n, columns). It lies in the
-    folder `cache`, else in .transfusion beside the source, else (if that cannot be written) in out/cache. key: what the
-    records depend on. Several processes may make it at the same time; the first to finish wins."""
-    source = Path(source)
-    name = f"{source.stem}-{sha256(repr((key, most)).encode()).hexdigest()[:16]}"
-    beside = (source if source.is_dir() else source.parent) / ".transfusion"
-    places = [Path(cache)] if cache else [beside, Path("out/cache")]
-    if not any((place / name).is_dir() for place in places):
-        for place in places:
-            try:
-                place.mkdir(parents=True, exist_ok=True)
-                partial = Path(tempfile.mkdtemp(dir=place))
-                break
-            except OSError as error:
-                if place == places[-1]:
-                    raise ValueError(f"--cache {place}: cannot be written to ({error.strerror}); name another folder with --cache") from None
-        try:
-            say(f"{source}: reading it once; what is found is kept in {place}")
-            with open(partial / "blob", "wb") as blob, open(partial / "rows", "wb") as rows:
-                write_table(records(), blob, rows)
-            (partial / "note.txt").write_text(found.report(source, most), encoding="utf-8", errors="backslashreplace")
-            partial.chmod(0o755)
-            try:
-                partial.rename(place / name)
-            except OSError:  # another process was faster
-                if not (place / name).is_dir():
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    folder = next(place / name for place in places if (place / name).is_dir())
-    if note := (folder / "note.txt").read_text(encoding="utf-8"):
-        say(note)
-    return np.memmap(folder / "blob", np.uint8, "r"), np.memmap(folder / "rows", np.int64, "r").reshape(-1, columns)
-
-
-def held_out(name):
-    """Is what is called so one of the tenth that is never trained on?"""
-    return int(sha256(name.encode(errors="surrogateescape")).hexdigest(), 16) % 10 == 0
+    load: Callable  # () -> uint8 (H, W, 3); raises ValueError if that cannot be done
+    max_t: int  # the largest timestep it may be noised to; 0: it is shown clean, as conditioning, and has no loss
+    instead: Callable | None = None  # () -> the document, no longer, that takes the place of this one if the picture is broken
 
 
 def mix(*numbers):
@@ -531,440 +409,6 @@ def interleave(index, weights, seed):
             return which, before
         index -= before
     return len(weights) - 1, index
-
-
-class Pairs:
-    """Pictures with captions, whose path is one of three things:
-
-    a folder of pictures (.png, .jpg, ...) with captions in .txt files of the same name;
-    a tar, or a folder of tars, as img2dataset and WebDataset write them: 000.jpg beside 000.txt, or 000.json with a "caption";
-    COCO's captions JSON, the pictures' folder beside it; each epoch takes another one of a picture's captions.
-
-    Every tenth pair, by a hash of its name, is the "held_out" split; the rest is "train", in a new order each epoch. "seen" is
-    a part of "train". Tars and JSON are indexed once (`cached_table`), then read at random by offset; nothing is unpacked.
-    What cannot be used is left out and counted. Raises ValueError if that is more than `max_broken` of all, or all.
-    """
-
-    SPLITS = ("train", "seen", "held_out")
-
-    def __init__(self, path, image_size, split="train", seed=0, max_broken=0.05, cache=""):
-        self.options = path, image_size, split, seed, max_broken, cache
-        self.image_size, self.seed, self.root, self.shards = image_size, seed, Path(path), []
-        found = Found("pictures with captions")
-        if self.root.suffix.lower() == ".json":
-            if not self.root.is_file():
-                raise ValueError(f"{path}: no such file")
-            self.root, records, key = coco_folder(self.root), lambda: coco_records(path, self.root, found), stamp([path])
-        elif self.root.suffix.lower() == ".tar" or any(self.root.rglob("*.tar")):
-            self.shards = sorted(self.root.rglob("*.tar")) if self.root.is_dir() else [self.root]
-            self.root, records = Path(), lambda: tar_records(self.shards, found)
-            if not all(shard.is_file() for shard in self.shards):
-                raise ValueError(f"{path}: no such file")
-            key = stamp(self.shards)
-        else:
-            key = None
-        if key:
-            self.blob, rows = cached_table(path, key, records, found, max_broken, 5, cache)
-        else:
-            files = io.BytesIO(), io.BytesIO()
-            write_table(folder_records(self.root, found), *files)
-            if note := found.report(path, max_broken):
-                say(note)
-            self.blob, rows = np.frombuffer(files[0].getbuffer(), np.uint8), np.frombuffer(files[1].getbuffer(), np.int64).reshape(-1, 5)
-        self.rows = rows  # where the text ends, number of the tar, offset, size, 1 if held out
-        if len(rows) < 2:
-            raise ValueError(f"{path}: holds one picture with a caption; at least two are needed, one of them to be held out")
-        out = rows[:, 4] > 0 if 0 < rows[:, 4].sum() < len(rows) else np.arange(len(rows)) == 0  # of a handful, the first is the held-out one
-        self.members = np.flatnonzero(out == (split == "held_out"))
-        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(self._read)  # at most 64 MB of pixels
-
-    def __len__(self):
-        return len(self.members)
-
-    def __reduce__(self):
-        return Pairs, self.options
-
-    def _at(self, index):
-        """Row of pair number `index`, and which epoch that is in."""
-        epoch, k = divmod(index, len(self))
-        return int(self.members[shuffled(k, len(self), mix(self.seed, epoch))]), epoch
-
-    def _text(self, row):
-        """Name and captions of a row."""
-        start = self.rows[row - 1, 0] if row else 0
-        return self.blob[start : self.rows[row, 0]].tobytes().decode(errors="surrogateescape").split("\0")
-
-    def _read(self, row):
-        name, (_, shard, offset, size, _) = self._text(row)[0], self.rows[row]
-        if not self.shards:
-            return load_image(self.root / name, self.image_size)
-        with open(self.shards[shard], "rb") as file:
-            file.seek(offset)
-            return load_image(io.BytesIO(file.read(size)), self.image_size, f"{self.shards[shard]}: {name}")
-
-    def pair(self, index):
-        """(caption, function that loads the picture, which raises ValueError if it is broken); index runs on over the epochs."""
-        row, epoch = self._at(index)
-        _, *captions = self._text(row)
-        return captions[(row + epoch) % len(captions)], lambda: self._load(row)
-
-    def captions(self, index):
-        """All that is written about the picture of pair number `index`."""
-        return self._text(self._at(index)[0])[1:]
-
-    def name(self, index):
-        """The file that pair number `index` is in."""
-        row = self._at(index)[0]
-        name = self._text(row)[0]
-        return f"{self.shards[self.rows[row, 1]]}: {name}" if self.shards else str(self.root / name)
-
-
-def clean_caption(text):
-    """A caption as it is kept, "" if it is none."""
-    return text.strip().replace("\0", " ").encode(errors="replace").decode() if isinstance(text, str) else ""
-
-
-def record(name, captions, shard=0, offset=0, size=0):
-    """One row of the table of Pairs."""
-    return "\0".join([name, *captions]).encode(errors="surrogateescape"), shard, offset, size, held_out(Path(name).stem)
-
-
-def folder_records(root, found):
-    """The pairs of a folder."""
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; --data wants a folder of pictures with same-named .txt captions, tars, or COCO captions in a .json")
-    files = {os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names}
-    pictures = sorted(name for name in files if name.lower().endswith(SUFFIXES))
-    if not pictures:
-        raise ValueError(f"{root}: no pictures here; --data wants {', '.join(SUFFIXES)} files with same-named .txt captions, or tars of them")
-    for name in pictures:
-        text = os.path.splitext(name)[0] + ".txt"
-        if text not in files:
-            found.skip("without a caption", name)
-            continue
-        try:
-            caption = clean_caption((root / text).read_text(encoding="utf-8-sig"))
-        except UnicodeDecodeError:
-            found.skip("with a caption that is not UTF-8", text)
-            continue
-        if not caption:
-            found.skip("with an empty caption", text)
-            continue
-        found.good += 1
-        yield record(name, [caption])
-    stems = {os.path.splitext(name)[0] for name in pictures}
-    for name in sorted(files):
-        if name.lower().endswith(".txt") and name[:-4] not in stems:
-            found.skip("captions without a picture", name, lost=False)
-
-
-def tar_records(shards, found):
-    """The pairs of some tars. Nothing is written; a member's name is a label, and a link is never followed."""
-    for number, shard in enumerate(tqdm(shards, desc="index", disable=len(shards) < 10)):
-        parts, size = {}, shard.stat().st_size  # name without suffix -> {suffix: (offset, size)}
-        with open(shard, "rb") as file:
-            try:
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    while (member := tar.next()) is not None:
-                        tar.members.clear()  # or it would keep every one
-                        name = "".join(c if c.isprintable() else "?" for c in member.name)
-                        stem, suffix = os.path.splitext(name)
-                        suffix = suffix.lower()
-                        if member.isdir():
-                            continue
-                        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                            found.skip("links and special files", f"{shard}: {name}", lost=False)
-                        elif name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-                            found.skip("names that lead out of the tar", f"{shard}: {name}", lost=suffix in SUFFIXES)
-                        elif member.offset_data + member.size > size:
-                            found.skip("cut short", f"{shard}: {name}")
-                        elif suffix in SUFFIXES or suffix in (".txt", ".json"):
-                            if suffix in parts.setdefault(stem, {}):
-                                found.skip("names that come twice (the last one counts)", f"{shard}: {name}", lost=False)
-                            parts[stem][suffix] = member.offset_data, member.size
-                    file.seek(tar.offset)
-                    if file.read(512) != bytes(512):  # a tar ends with zeros
-                        found.skip("tars cut short or damaged", shard, lost=False)
-            except tarfile.ReadError as error:
-                if not parts:
-                    raise ValueError(f"{shard}: is not an uncompressed tar, or is broken from the start ({error})") from None
-                found.skip("tars cut short or damaged", shard, lost=False)
-            for stem, files in parts.items():
-                picture = next((suffix for suffix in SUFFIXES if suffix in files), None)
-                if not picture:
-                    found.skip("captions without a picture", f"{shard}: {stem}", lost=False)
-                    continue
-                caption = ""
-                for suffix in (".txt", ".json"):
-                    if suffix in files and not caption:
-                        file.seek(files[suffix][0])
-                        try:
-                            text = file.read(files[suffix][1]).decode("utf-8-sig")
-                            caption = clean_caption(text if suffix == ".txt" else json.loads(text).get("caption"))
-                        except (ValueError, AttributeError, RecursionError):  # not UTF-8, not JSON, not an object
-                            pass
-                if caption:
-                    found.good += 1
-                    yield record(stem + picture, [caption], number, *files[picture])
-                elif len(files) > 1:
-                    found.skip("with a caption that is empty, or not UTF-8, or no JSON", f"{shard}: {stem}")
-                else:
-                    found.skip("without a caption", f"{shard}: {stem}{picture}")
-
-
-def read_coco(path):
-    """(images, annotations) of a COCO captions file. Raises ValueError if it is none."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        images = {image["id"]: image["file_name"] for image in content["images"]}
-        captions = {}
-        for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-        if not all(isinstance(name, str) for name in images.values()):
-            raise TypeError
-        return images, captions, len(content["images"]) - len(images)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f'{path}: is not COCO captions ({type(error).__name__}: {error}); expected {{"images": [{{"id", "file_name"}}, ...], '
-                         f'"annotations": [{{"image_id", "caption"}}, ...]}}') from None  # fmt: skip
-
-
-def coco_folder(path):
-    """The folder of the pictures that COCO captions describe: near the JSON, wherever the first of them is."""
-    images = read_coco(path)[0]
-    part = path.stem.removeprefix("captions_")
-    folders = [parent / child for parent in (path.parent, path.parent.parent) for child in (".", "images", part, f"images/{part}", path.stem)]
-    for folder in folders:
-        if any((folder / name).is_file() for name in itertools.islice(images.values(), 10)):
-            return folder
-    raise ValueError(f"{path}: its pictures ({', '.join(itertools.islice(images.values(), 2))}, ...) are not there; looked in {', '.join(map(str, folders))}")
-
-
-def coco_records(path, root, found):
-    """The pictures of COCO captions, each with all its captions."""
-    images, captions, twice = read_coco(path)
-    for number in range(twice):
-        found.skip("images with an id that was there before", path, lost=False)
-    for image, name in images.items():
-        texts = [text for text in map(clean_caption, captions.pop(image, [])) if text]
-        if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
-            found.skip("names that lead out of the folder", name)
-        elif not texts:
-            found.skip("without a caption", name)
-        elif not (root / name).is_file():
-            found.skip("without the picture", root / name)
-        else:
-            found.good += 1
-            yield record(name, texts)
-    for image in captions:
-        found.skip("captions of unknown images", f"image_id {image}", lost=False)
-
-
-class Mixture:
-    """Several Pairs as one, each drawn from in proportion to its weight. Epochs are each source's own."""
-
-    def __init__(self, sources, weights, seed=0):
-        self.sources, self.weights, self.seed = sources, weights, seed
-
-    def __len__(self):
-        return sum(map(len, self.sources))
-
-    def _at(self, index):
-        which, number = interleave(index, self.weights, self.seed)
-        return self.sources[which], number
-
-    def pair(self, index):
-        """As Pairs.pair."""
-        source, number = self._at(index)
-        return source.pair(number)
-
-    def captions(self, index):
-        """As Pairs.captions."""
-        source, number = self._at(index)
-        return source.captions(number)
-
-    def name(self, index):
-        """As Pairs.name."""
-        source, number = self._at(index)
-        return source.name(number)
-
-
-def open_pairs(config, split="train", seed=0):
-    """The source of pairs that a DataConfig names, cut to a split: Scenes, Pairs, or a Mixture. Raises ValueError, saying what is wrong."""
-    if not config.data:
-        return Scenes(config.grammar, config.image_size, split, seed)
-    sources, weights = [], []
-    for item in [config.data] if Path(config.data).exists() else config.data.split(","):
-        path, colon, weight = item.rpartition(":")
-        if not colon or not re.fullmatch(r"[0-9.]+", weight) or Path(item).exists():
-            path, weight = item, 1
-        try:
-            weights.append(float(weight))
-        except ValueError:
-            raise ValueError(f"--data {item}: {weight!r} is no weight") from None
-        if not path or weights[-1] <= 0:
-            raise ValueError(f"--data {config.data}: wants paths with commas between them, each with a weight above 0 if any, as in a:2,b.tar")
-        sources.append(Pairs(path, config.image_size, split, seed, config.max_broken, config.cache))
-    return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]
-
-
-def readable(pairs, first, n, skipped=None):
-    """The next n pairs from number `first` on whose pictures can be read -> list of (caption, uint8 pixels). skipped: counts the
-    others. Raises ValueError if a hundred in a row cannot be read."""
-    examples, errors = [], []
-    for index in itertools.count(first):
-        if len(examples) == n:
-            if skipped:
-                skipped.count(n + len(errors), errors)
-            return examples
-        caption, load = pairs.pair(index)
-        try:
-            examples.append((caption, load()))
-        except ValueError as error:
-            errors.append(str(error))
-            if len(errors) >= 100 + n:
-                raise
-
-
-class TextFiles:
-    """Your own text, tokenised once into a memory-mapped file (`cached_table`): UTF-8 .txt files, each a document, .jsonl files
-    with a "text" on every line, or folders of them. Documents are cut into pieces that fit a row. Every tenth piece, by a hash
-    of where it is, is the "held_out" split; the rest is "train", in a new order each epoch. ids(i) is a list of tokens."""
-
-    def __init__(self, config, tokenizer, split="train", seed=0):
-        self.options = config, tokenizer, split, seed
-        self.seed, paths = seed, [Path(path) for path in config.text.split(",")]
-        for path in paths:
-            if not path.exists():
-                raise ValueError(f"--text {path}: no such file or folder")
-        files = [file for path in paths for file in (sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path])]
-        if not files:
-            raise ValueError(f"--text {config.text}: no .txt or .jsonl files here")
-        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        found = Found("texts")
-
-        def records():
-            for file in files:
-                for where, text in read_jsonl(file, found) if file.suffix in (".jsonl", ".json") else read_txt(file):
-                    ids = np.array(tokenizer.encode(text), self.dtype)
-                    found.good += 1
-                    for start in range(0, len(ids), config.seq_len - 1):
-                        yield ids[start : start + config.seq_len - 1].tobytes(), held_out(f"{file.name}:{where}:{start}")
-
-        key = stamp(files), config.seq_len, sha256(repr(tokenizer.state()).encode()).hexdigest()
-        blob, self.rows = cached_table(paths[0], key, records, found, config.max_broken, 2, config.cache)
-        self.tokens = blob.view(self.dtype)
-        if len(self.rows) < 2:
-            raise ValueError(f"--text {config.text}: fits into one row; at least two pieces are needed, one of them to be held out")
-        out = self.rows[:, 1] > 0 if 0 < self.rows[:, 1].sum() < len(self.rows) else np.arange(len(self.rows)) == 0
-        self.members = np.flatnonzero(out == (split == "held_out"))
-
-    def __len__(self):
-        return len(self.members)
-
-    def __reduce__(self):
-        return TextFiles, self.options
-
-    def ids(self, index):
-        """Piece number `index`; it runs on over the epochs."""
-        epoch, k = divmod(index, len(self))
-        row = self.members[shuffled(k, len(self), mix(self.seed, epoch))]
-        start, end = (self.rows[row - 1, 0] if row else 0), self.rows[row, 0]
-        return self.tokens[start // self.tokens.itemsize : end // self.tokens.itemsize].tolist()
-
-
-def read_txt(path):
-    """A text file in stretches of whole lines -> (number, text)."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for number in itertools.count():
-                if not (text := file.read(2**20) + file.readline()):
-                    return
-                yield number, text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {path}: is not UTF-8 text ({error.reason}); convert it, e.g. with iconv") from None
-
-
-def read_jsonl(path, found):
-    """The texts of a file of JSON lines -> (line number, text)."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = json.loads(line)["text"].encode(errors="replace").decode()
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                if line.strip():
-                    found.skip('lines that are no JSON object with a "text"', f"{path}:{number}")
-                continue
-            if text:
-                yield number, text
-
-
-def open_text(config, tokenizer, split="train", seed=0):
-    """The source of text alone that a DataConfig names, cut to a split: TextFiles, or SceneText beside the scenes; None = there is none."""
-    if not config.text_fraction:
-        return None
-    if config.text:
-        return TextFiles(config, tokenizer, split, seed)
-    return None if config.data else SceneText(config, tokenizer, split, seed)
-
-
-class JSONTokenizer:
-    """A tokenizer.json of the Hugging Face library `tokenizers`, with the five special tokens after its vocabulary. The interface
-    of Tokenizer. Raises ValueError if the package is missing or `text`, the file's content, is no such tokenizer."""
-
-    def __init__(self, text):
-        try:
-            from tokenizers import Tokenizer as Library
-        except ImportError:
-            raise ValueError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from None
-        try:
-            self.inner = Library.from_str(text)
-            self.n_pieces = 1 + max(self.inner.get_vocab(with_added_tokens=True).values())
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"is not a tokenizer.json of the package tokenizers ({str(error)[:100]})") from None
-        self.bos, self.eos, self.boi, self.eoi, self.pad = range(self.n_pieces, self.n_pieces + 5)
-        self.vocab_size = self.n_pieces + 5
-
-    def encode(self, text):
-        """str -> list of ids, without special tokens."""
-        return self.inner.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids):
-        """Ids -> str; special tokens are left out."""
-        return self.inner.decode([i for i in ids if i < self.n_pieces])
-
-    def state(self):
-        """What a checkpoint keeps of it: the whole file's text."""
-        return {"json": self.inner.to_str()}
-
-    def __reduce__(self):
-        return restore_tokenizer, (self.state(),)
-
-
-def restore_tokenizer(state):
-    """The tokenizer whose `state()` a checkpoint holds."""
-    return JSONTokenizer(state["json"]) if "json" in state else Tokenizer(state["merges"])
-
-
-def open_tokenizer(config, pairs):
-    """The tokenizer that a DataConfig names; merges are learned from the first 2000 captions. Raises ValueError, naming the file."""
-    if not config.tokenizer:
-        return Tokenizer.learn([pairs.pair(i)[0] for i in range(2000)], config.merges) if config.merges else Tokenizer()
-    try:
-        return JSONTokenizer(Path(config.tokenizer).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
-        raise ValueError(f"--tokenizer {config.tokenizer}: {reason}") from None
-
-# ---- Documents ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Picture:
-    """An image inside a document, loaded only when its batch is made."""
-
-    load: Callable  # () -> uint8 (H, W, 3); raises ValueError if that cannot be done
-    max_t: int  # the largest timestep it may be noised to; 0: it is shown clean, as conditioning, and has no loss
-    instead: Callable | None = None  # () -> the document, no longer, that takes the place of this one if the picture is broken
 
 
 class Documents:
@@ -1017,6 +461,31 @@ class Documents:
 def length(document, n_patches):
     """Positions that a document takes as input: <BOS>, its tokens, and <BOI> patches <EOI> for each picture."""
     return 1 + sum(n_patches + 2 if isinstance(segment, Picture) else len(segment) for segment in document)
+
+
+# ---- Packing ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def say(message):
+    """Print on stderr what somebody should know, once, whatever odd characters a file's name brings."""
+    print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr, flush=True)
+
+
+class Skipped:
+    """Counts what is left out, names each thing once on stderr, and raises ValueError when it is more than a share `most` of
+    what was seen, or of 100. what: the plural of what is counted."""
+
+    def __init__(self, what, most):
+        self.what, self.most, self.seen, self.skipped = what, most, 0, 0
+
+    def count(self, seen, messages=()):
+        """`seen` more things, of which those that `messages` name were left out."""
+        self.seen, self.skipped = self.seen + seen, self.skipped + len(messages)
+        for message in messages:
+            say(f"skipped: {message}")
+        if messages and self.skipped > self.most * max(self.seen, 100):
+            raise ValueError(f"{self.skipped} of {self.seen} {self.what} had to be left out, more than --max_broken {self.most:g} allows; the last: {messages[-1]}")
 
 
 class Stream:
@@ -1074,6 +543,9 @@ class Stream:
     def __next__(self):
         """My rows of the next step: a list of lists of documents."""
         return [[self.document(i) for i in self.numbers(r)] for r in self.mine]
+
+
+# ---- The batch -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1214,6 +686,520 @@ def leave_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *error: None  # of the thread that hands tensors over, when nobody takes them any more
 
+
+# ---- Your own data: formats (skip this on a first reading) -----------------------------------------------------------
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others, whatever a file is called: Pillow runs a program for EPS
+
+
+def fit_image(image, image_size):
+    """A PIL image as uint8 (image_size, image_size, 3): upright, on white, centre-cropped and resized (section 4.1)."""
+    image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is enough
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
+
+
+def load_image(file, image_size, name=None):
+    """An image file (a path, or a binary file with its name) as `fit_image` makes it; of an animation, the first frame.
+    Raises ValueError, naming it, if it is no readable image, or larger than Pillow's decompression-bomb limit."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                return fit_image(image, image_size)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except Exception as error:  # Pillow raises many kinds for broken files: OSError, SyntaxError, struct.error, ...
+        reason = "it is in none of the formats " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name or file}: cannot be read as an image ({reason})") from None
+
+
+class Found:
+    """What reading a source found: good records, and others by kind, with the first of each kind by name."""
+
+    def __init__(self, what):
+        self.what, self.good, self.bad, self.kinds, self.first = what, 0, 0, Counter(), {}
+
+    def skip(self, kind, name, lost=True):
+        """Leave `name` out, because it is of this kind. lost: it would have been a record."""
+        self.bad += lost
+        self.kinds[kind] += 1
+        self.first.setdefault(kind, name)
+
+    def report(self, source, most):
+        """One sentence on what was left out, "" if nothing. Raises ValueError if that is too much, or nothing is left."""
+        note = ", ".join(f"{n:,} {kind} (first: {self.first[kind]})" for kind, n in self.kinds.items())
+        if not self.good:
+            raise ValueError(f"{source}: holds {self.what} of no kind that can be used" + (f": {note}" if note else ""))
+        if self.bad > most * (self.good + self.bad):
+            raise ValueError(f"{source}: {self.bad:,} of {self.good + self.bad:,} {self.what} cannot be used, more than --max_broken {most:g} allows: {note}")
+        return f"{source}: {self.good:,} {self.what}; left out: {note}" if note else ""
+
+
+def held_out(name):
+    """Is what is called so one of the tenth that is never trained on?"""
+    return int(sha256(name.encode(errors="surrogateescape")).hexdigest(), 16) % 10 == 0
+
+
+class Table:
+    """Records (bytes, three numbers, 1 if held out else 0), one after the other in two files: the bytes end to end, and a row of
+    int64 for each record, first where its bytes end. Mapped into memory, they take no Python object per record.
+
+    files: what `records()` reads. The table is made once, and again when one of them changes; it lies in the folder `cache`, else
+    in .transfusion beside the source, else (if that cannot be written) in out/cache. Several processes may make it at the same
+    time. Without files it is made anew in memory. Length and `at` are those of a split.
+    """
+
+    def __init__(self, source, files, records, found, split, seed, most, cache, key=()):
+        self.seed, source = seed, Path(source)
+        if files:
+            stamps = [(file.name, status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
+            name = f"{source.stem}-{sha256(repr((stamps, most, key)).encode()).hexdigest()[:16]}"
+            beside = (source if source.is_dir() else source.parent) / ".transfusion"
+            places = [Path(cache)] if cache else [beside, Path("out/cache")]
+            if not any((place / name).is_dir() for place in places):
+                self._make(source, places, name, records, found, most)
+            folder = next(place / name for place in places if (place / name).is_dir())
+            self.blob, self.rows = np.memmap(folder / "blob", np.uint8, "r"), np.memmap(folder / "rows", np.int64, "r").reshape(-1, 5)
+            note = (folder / "note.txt").read_text(encoding="utf-8")
+        else:
+            blob, rows = io.BytesIO(), io.BytesIO()
+            self._write(records, blob, rows)
+            self.blob, self.rows = np.frombuffer(blob.getbuffer(), np.uint8), np.frombuffer(rows.getbuffer(), np.int64).reshape(-1, 5)
+            note = found.report(source, most)
+        if note:
+            say(note)
+        if len(self.rows) < 2:
+            raise ValueError(f"{source}: holds only one of {found.what}; at least two are needed, one of them to be held out")
+        out = self.rows[:, 4] > 0
+        if not 0 < out.sum() < len(out):  # a handful: the first is the held-out one
+            out = np.arange(len(out)) == 0
+        self.members = np.flatnonzero(out == (split == "held_out"))
+
+    def _make(self, source, places, name, records, found, most):
+        for place in places:
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                partial = tempfile.TemporaryDirectory(dir=place)
+                break
+            except OSError as error:
+                if place == places[-1]:
+                    raise ValueError(f"--cache {place}: cannot be written to ({error.strerror}); name another folder with --cache") from None
+        with partial as made:
+            say(f"{source}: reading it once; what is found is kept in {place}")
+            made = Path(made) / "table"
+            made.mkdir()
+            with open(made / "blob", "wb") as blob, open(made / "rows", "wb") as rows:
+                self._write(records, blob, rows)
+            (made / "note.txt").write_text(found.report(source, most), encoding="utf-8", errors="backslashreplace")
+            with contextlib.suppress(OSError):  # another process was faster
+                made.rename(place / name)
+
+    @staticmethod
+    def _write(records, blob, rows):
+        end = 0
+        for data, *numbers in records():
+            end += len(data)
+            blob.write(data)
+            rows.write(struct.pack("=5q", end, *numbers))
+
+    def __len__(self):
+        return len(self.members)
+
+    def at(self, index):
+        """Number `index` of the split, in a new order each epoch -> (row, epoch)."""
+        epoch, k = divmod(index, len(self))
+        return int(self.members[shuffled(k, len(self), mix(self.seed, epoch))]), epoch
+
+    def data(self, row):
+        """The bytes of a row, as an array."""
+        return self.blob[self.rows[row - 1, 0] if row else 0 : self.rows[row, 0]]
+
+
+class Pairs:
+    """Pictures with captions, whose path is one of three things:
+
+    a folder of pictures (.png, .jpg, ...) with captions in .txt files of the same name;
+    a tar, or a folder of tars, as img2dataset and WebDataset write them: 000.jpg beside 000.txt, or 000.json with a "caption";
+    COCO's captions JSON, the pictures' folder near it; each epoch takes another one of a picture's captions.
+
+    Every tenth pair, by a hash of its name, is the "held_out" split; the rest is "train", in a new order each epoch. "seen" is
+    a part of "train". Tars and JSON are read once (`Table`), then at random by offset; nothing is unpacked. What cannot be used
+    is left out and counted. Raises ValueError if that is more than `max_broken` of all, or all.
+    """
+
+    SPLITS = ("train", "seen", "held_out")
+
+    def __init__(self, path, image_size, split="train", seed=0, max_broken=0.05, cache=""):
+        self.options = path, image_size, split, seed, max_broken, cache
+        self.image_size, self.root, self.shards, found = image_size, Path(path), [], Found("pictures with captions")
+        files, records = [], lambda: folder_records(self.root, found)
+        if self.root.suffix.lower() == ".json":
+            files, records = [self.root], lambda: coco_records(Path(path), found)
+            self.root = self.root.parent
+        elif self.root.suffix.lower() == ".tar" or any(self.root.rglob("*.tar")):
+            self.shards = sorted(self.root.rglob("*.tar")) if self.root.is_dir() else [self.root]
+            files, records = self.shards, lambda: tar_records(self.shards, found)
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{file}: no such file")
+        self.table = Table(path, files, records, found, split, seed, max_broken, cache)
+        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(self._read)  # at most 64 MB of pixels
+
+    def __len__(self):
+        return len(self.table)
+
+    def __reduce__(self):
+        return Pairs, self.options
+
+    def _text(self, row):
+        """Name and captions of a row."""
+        return self.table.data(row).tobytes().decode(errors="surrogateescape").split("\0")
+
+    def _read(self, row):
+        _, shard, offset, size, _ = self.table.rows[row]
+        if not self.shards:
+            return load_image(self.root / self._text(row)[0], self.image_size)
+        with open(self.shards[shard], "rb") as file:
+            file.seek(offset)
+            return load_image(io.BytesIO(file.read(size)), self.image_size, self._name(row))
+
+    def _name(self, row):
+        name = self._text(row)[0]
+        return f"{self.shards[self.table.rows[row, 1]]}: {name}" if self.shards else str(self.root / name)
+
+    def pair(self, index):
+        """(caption, function that loads the picture, which raises ValueError if it is broken); index runs on over the epochs."""
+        row, epoch = self.table.at(index)
+        _, *captions = self._text(row)
+        return captions[(row + epoch) % len(captions)], lambda: self._load(row)
+
+    def captions(self, index):
+        """All that is written about the picture of pair number `index`."""
+        return self._text(self.table.at(index)[0])[1:]
+
+    def name(self, index):
+        """The file that pair number `index` is in."""
+        return self._name(self.table.at(index)[0])
+
+
+def clean_caption(text):
+    """A caption as it is kept, "" if it is none."""
+    return text.strip().replace("\0", " ").encode(errors="replace").decode() if isinstance(text, str) else ""
+
+
+def record(name, captions, shard=0, offset=0, size=0):
+    """One record of the Table of Pairs: the name is a hash's and a message's, and in a folder the file's."""
+    return "\0".join([name, *captions]).encode(errors="surrogateescape"), shard, offset, size, held_out(Path(name).stem)
+
+
+def folder_records(root, found):
+    """The pairs of a folder."""
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; --data wants a folder of pictures with same-named .txt captions, tars, or COCO captions in a .json")
+    files = {os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names}
+    pictures = sorted(name for name in files if name.lower().endswith(SUFFIXES))
+    if not pictures:
+        raise ValueError(f"{root}: no pictures here; --data wants {', '.join(SUFFIXES)} files with same-named .txt captions, or tars of them")
+    for name in pictures:
+        text = os.path.splitext(name)[0] + ".txt"
+        if text not in files:
+            found.skip("without a caption", name)
+            continue
+        try:
+            caption = clean_caption((root / text).read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError:
+            found.skip("with a caption that is not UTF-8", text)
+            continue
+        if not caption:
+            found.skip("with an empty caption", text)
+            continue
+        found.good += 1
+        yield record(name, [caption])
+    stems = {os.path.splitext(name)[0] for name in pictures}
+    for name in sorted(files):
+        if name.lower().endswith(".txt") and name[:-4] not in stems:
+            found.skip("captions without a picture", name, lost=False)
+
+
+def tar_records(shards, found):
+    """The pairs of some tars. Nothing is written; a member's name is a label, and a link is never followed."""
+    for number, shard in enumerate(tqdm(shards, desc="index", disable=len(shards) < 10)):
+        parts, size = {}, shard.stat().st_size  # name without suffix -> {suffix: (offset, size)}
+        with open(shard, "rb") as file:
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    while (member := tar.next()) is not None:
+                        tar.members.clear()  # or it would keep every one
+                        name = "".join(c if c.isprintable() else "?" for c in member.name)
+                        stem, suffix = os.path.splitext(name)
+                        suffix = suffix.lower()
+                        if member.isdir():
+                            continue
+                        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                            found.skip("links and special files", f"{shard}: {name}", lost=False)
+                        elif name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+                            found.skip("names that lead out of the tar", f"{shard}: {name}", lost=suffix in SUFFIXES)
+                        elif member.offset_data + member.size > size:
+                            found.skip("cut short", f"{shard}: {name}")
+                        elif suffix in SUFFIXES or suffix in (".txt", ".json"):
+                            if suffix in parts.setdefault(stem, {}):
+                                found.skip("names that come twice (the last one counts)", f"{shard}: {name}", lost=False)
+                            parts[stem][suffix] = member.offset_data, member.size
+                    file.seek(tar.offset)
+                    if file.read(512) != bytes(512):  # a tar ends with zeros
+                        found.skip("tars cut short or damaged", shard, lost=False)
+            except tarfile.ReadError as error:
+                if not parts:
+                    raise ValueError(f"{shard}: is not an uncompressed tar, or is broken from the start ({error})") from None
+                found.skip("tars cut short or damaged", shard, lost=False)
+            for stem, files in parts.items():
+                picture = next((suffix for suffix in SUFFIXES if suffix in files), None)
+                if not picture:
+                    found.skip("captions without a picture", f"{shard}: {stem}", lost=False)
+                    continue
+                caption = ""
+                for suffix in (".txt", ".json"):
+                    if suffix in files and not caption:
+                        file.seek(files[suffix][0])
+                        try:
+                            text = file.read(files[suffix][1]).decode("utf-8-sig")
+                            caption = clean_caption(text if suffix == ".txt" else json.loads(text).get("caption"))
+                        except (ValueError, AttributeError, RecursionError):  # not UTF-8, not JSON, not an object
+                            pass
+                if caption:
+                    found.good += 1
+                    yield record(stem + picture, [caption], number, *files[picture])
+                elif len(files) > 1:
+                    found.skip("with a caption that is empty, or not UTF-8, or no JSON", f"{shard}: {stem}")
+                else:
+                    found.skip("without a caption", f"{shard}: {stem}{picture}")
+
+
+def coco_records(path, found):
+    """The pictures of a COCO captions file, each with all its captions; their folder is near it, wherever the first of them is."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        images, captions = {image["id"]: Path(image["file_name"]) for image in content["images"]}, {}
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(clean_caption(annotation["caption"]))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f'{path}: is not COCO captions ({type(error).__name__}: {error}); expected {{"images": [{{"id", "file_name"}}, ...], '
+                         f'"annotations": [{{"image_id", "caption"}}, ...]}}') from None  # fmt: skip
+    part = path.stem.removeprefix("captions_")
+    folders = [parent / child for parent in (path.parent, path.parent.parent) for child in (".", "images", part, f"images/{part}")]
+    first = [name for name in itertools.islice(images.values(), 10)]
+    root = next((folder for folder in folders for name in first if (folder / name).is_file()), None)
+    if first and not root:
+        raise ValueError(f"{path}: its pictures ({first[0]}, ...) are not there; looked in {', '.join(map(str, folders))}")
+    for _ in range(len(content["images"]) - len(images)):
+        found.skip("images with an id that was there before", path, lost=False)
+    for image, name in images.items():
+        texts = [text for text in captions.pop(image, []) if text]
+        if name.is_absolute() or ".." in name.parts or "\0" in str(name):
+            found.skip("names that lead out of the folder", name)
+        elif not texts:
+            found.skip("without a caption", name)
+        elif not (root / name).is_file():
+            found.skip("without the picture", root / name)
+        else:
+            found.good += 1
+            yield record(os.path.relpath(root / name, path.parent), texts)
+    for image in captions:
+        found.skip("captions of unknown images", f"image_id {image}", lost=False)
+
+
+class Mixture:
+    """Several Pairs as one, each drawn from in proportion to its weight. Epochs are each source's own."""
+
+    def __init__(self, sources, weights, seed=0):
+        self.sources, self.weights, self.seed = sources, weights, seed
+
+    def __len__(self):
+        return sum(map(len, self.sources))
+
+    def _at(self, index):
+        which, number = interleave(index, self.weights, self.seed)
+        return self.sources[which], number
+
+    def pair(self, index):
+        """As Pairs.pair."""
+        source, number = self._at(index)
+        return source.pair(number)
+
+    def captions(self, index):
+        """As Pairs.captions."""
+        source, number = self._at(index)
+        return source.captions(number)
+
+    def name(self, index):
+        """As Pairs.name."""
+        source, number = self._at(index)
+        return source.name(number)
+
+
+def open_pairs(config, split="train", seed=0):
+    """The source of pairs that a DataConfig names, cut to a split: Scenes, Pairs, or a Mixture. Raises ValueError, saying what is wrong."""
+    if not config.data:
+        return Scenes(config.grammar, config.image_size, split, seed)
+    sources, weights = [], []
+    for item in [config.data] if Path(config.data).exists() else config.data.split(","):
+        path, colon, weight = item.rpartition(":")
+        if not colon or not re.fullmatch(r"[0-9.]+", weight) or Path(item).exists():
+            path, weight = item, 1
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise ValueError(f"--data {item}: {weight!r} is no weight") from None
+        if not path or weights[-1] <= 0:
+            raise ValueError(f"--data {config.data}: wants paths with commas between them, each with a weight above 0 if any, as in a:2,b.tar")
+        sources.append(Pairs(path, config.image_size, split, seed, config.max_broken, config.cache))
+    return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]
+
+
+def readable(pairs, first, n, skipped=None):
+    """The next n pairs from number `first` on whose pictures can be read -> list of (caption, uint8 pixels). skipped: counts the
+    others. Raises ValueError if a hundred in a row cannot be read."""
+    examples, errors = [], []
+    for index in itertools.count(first):
+        if len(examples) == n:
+            if skipped:
+                skipped.count(n + len(errors), errors)
+            return examples
+        caption, load = pairs.pair(index)
+        try:
+            examples.append((caption, load()))
+        except ValueError as error:
+            errors.append(str(error))
+            if len(errors) >= 100 + n:
+                raise
+
+
+class TextFiles:
+    """Your own text, tokenised once into a Table: UTF-8 .txt files, each a document, .jsonl files with a "text" on every line, or
+    folders of them. Documents are cut into pieces that fit a row. Every tenth piece, by a hash of where it is, is the "held_out"
+    split; the rest is "train", in a new order each epoch. Raises ValueError, naming the file, if one cannot be read as text."""
+
+    def __init__(self, config, tokenizer, split="train", seed=0):
+        self.options = config, tokenizer, split, seed
+        files, most, found = [], config.seq_len - 1, Found("texts")
+        for path in map(Path, config.text.split(",")):
+            files += sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+            if not files or not files[-1].is_file():
+                raise ValueError(f"--text {path}: " + ("no .txt or .jsonl files here" if path.is_dir() else "no such file or folder"))
+        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+
+        def records():
+            for file in files:
+                for where, text in read_jsonl(file, found) if file.suffix == ".jsonl" else read_txt(file):
+                    found.good += 1
+                    ids = np.array(tokenizer.encode(text), self.dtype)
+                    for start in range(0, len(ids), most):
+                        yield ids[start : start + most].tobytes(), 0, 0, 0, held_out(f"{file.name}:{where}:{start}")
+
+        key = most, sha256(repr(tokenizer.state()).encode()).hexdigest()
+        self.table = Table(config.text.split(",")[0], files, records, found, split, seed, config.max_broken, config.cache, key)
+
+    def __len__(self):
+        return len(self.table)
+
+    def __reduce__(self):
+        return TextFiles, self.options
+
+    def ids(self, index):
+        """Piece number `index`, a list of tokens; index runs on over the epochs."""
+        return self.table.data(self.table.at(index)[0]).view(self.dtype).tolist()
+
+
+def read_txt(path):
+    """A text file in stretches of whole lines -> (number, text)."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number in itertools.count():
+                if not (text := file.read(2**20) + file.readline()):
+                    return
+                yield number, text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {path}: is not UTF-8 text ({error.reason}); convert it, e.g. with iconv") from None
+
+
+def read_jsonl(path, found):
+    """The texts of a file of JSON lines -> (line number, text)."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = json.loads(line)["text"].encode(errors="replace").decode()
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                if line.strip():
+                    found.skip('lines that are no JSON object with a "text"', f"{path}:{number}")
+                continue
+            if text:
+                yield number, text
+
+
+def open_text(config, tokenizer, split="train", seed=0):
+    """The source of text alone that a DataConfig names, cut to a split: TextFiles, or SceneText beside the scenes; None = there is none."""
+    if not config.text_fraction:
+        return None
+    if config.text:
+        return TextFiles(config, tokenizer, split, seed)
+    return None if config.data else SceneText(config, tokenizer, split, seed)
+
+
+class JSONTokenizer:
+    """A tokenizer.json of the Hugging Face library `tokenizers`, with the five special tokens after its vocabulary. The interface
+    of Tokenizer. Raises ValueError if the package is missing or `text`, the file's content, is no such tokenizer."""
+
+    def __init__(self, text):
+        try:
+            from tokenizers import Tokenizer as Library
+        except ImportError:
+            raise ValueError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from None
+        try:
+            self.inner = Library.from_str(text)
+            self.n_pieces = 1 + max(self.inner.get_vocab(with_added_tokens=True).values())
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"is not a tokenizer.json of the package tokenizers ({str(error)[:100]})") from None
+        self.bos, self.eos, self.boi, self.eoi, self.pad = range(self.n_pieces, self.n_pieces + 5)
+        self.vocab_size = self.n_pieces + 5
+
+    def encode(self, text):
+        """str -> list of ids, without special tokens."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        """Ids -> str; special tokens are left out."""
+        return self.inner.decode([i for i in ids if i < self.n_pieces])
+
+    def state(self):
+        """What a checkpoint keeps of it: the whole file's text."""
+        return {"json": self.inner.to_str()}
+
+    def __reduce__(self):
+        return restore_tokenizer, (self.state(),)
+
+
+def restore_tokenizer(state):
+    """The tokenizer whose `state()` a checkpoint holds."""
+    return JSONTokenizer(state["json"]) if "json" in state else Tokenizer(state["merges"])
+
+
+def open_tokenizer(config, pairs):
+    """The tokenizer that a DataConfig names; merges are learned from the first 2000 captions. Raises ValueError, naming the file."""
+    if not config.tokenizer:
+        return Tokenizer.learn([pairs.pair(i)[0] for i in range(2000)], config.merges) if config.merges else Tokenizer()
+    try:
+        return JSONTokenizer(Path(config.tokenizer).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
+        raise ValueError(f"--tokenizer {config.tokenizer}: {reason}") from None
 
 if __name__ == "__main__":
     scenes, config = Scenes(), DataConfig(image_size=32, seq_len=128, merges=512)

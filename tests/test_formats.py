@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, flags, run_here
 from PIL import Image
 
 import data
-from data import (DataConfig, Documents, JSONTokenizer, Loader, Mixture, Pairs, Picture, Rows, Scenes, Skipped, Stream, TextFiles, Tokenizer, collate, load_image,
+from data import (DataConfig, Documents, JSONTokenizer, Loader, Mixture, Pairs, Picture, Rows, Scenes, Skipped, Stream, TextFiles, Tokenizer, load_image,
                   open_pairs, open_text, open_tokenizer, readable, restore_tokenizer)  # fmt: skip
 from sample import load
 
@@ -193,8 +193,8 @@ def test_bad_captions_in_tars(files, kind, tmp_path, capsys):
 def test_a_table_takes_no_memory_per_pair(tmp_path):
     """Only numpy arrays, mapped from disk; tests with 200,000 pairs are in the README's figures."""
     pairs = Pairs(write_tar(tmp_path / "a.tar", numbered(range(50))), 8)
-    assert isinstance(pairs.blob, np.memmap) and isinstance(pairs.rows.base, np.memmap)
-    assert not any(isinstance(value, (list, dict, set)) and len(value) > 1 for value in vars(pairs).values())
+    assert isinstance(pairs.table.blob, np.memmap) and isinstance(pairs.table.rows.base, np.memmap)
+    assert not any(isinstance(value, (list, dict, set)) and len(value) > 1 for value in (vars(pairs) | vars(pairs.table)).values())
 
 
 # ---- COCO -----------------------------------------------------------------------------------------------------------
@@ -575,7 +575,7 @@ def test_large_vocabularies_take_32_bits(tmp_path):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"fine \xff\xfe not", "a.txt: is not UTF-8 text"), ("a.txt", b"", "holds texts of no kind that can be used"),
-    ("a.txt", b"short", "at least two pieces"), ("a.jsonl", b'{"text": "fine"}\n{"other": 1}\n', "1 of 2 texts cannot be used.*lines that are no JSON object.*a.jsonl:2"),
+    ("a.txt", b"short", "only one of texts; at least two"), ("a.jsonl", b'{"text": "fine"}\n{"other": 1}\n', "1 of 2 texts cannot be used.*lines that are no JSON object.*a.jsonl:2"),
     ("a.jsonl", b"[1]\n\xff\nnull\n", "3 lines that are no JSON object"),
 ])  # fmt: skip
 def test_bad_text(name, content, message, tmp_path):
