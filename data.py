@@ -2,21 +2,21 @@
 
     Tokenizer   bytes, or byte-pair encoding learned from the captions; <BOS>, <EOS>, <BOI>, <EOI> and padding after its pieces
     Scenes      the built-in pictures: coloured shapes drawn with Pillow, and the captions that describe them exactly
-    Pairs       your own pictures with captions: a folder, tar shards or COCO; Text: your own text (skip them on a first reading)
     Documents   pairs in both orders, <BOS> caption <BOI> patches <EOI> <EOS> or <BOS> <BOI> patches <EOI> caption <EOS>, and text
     Stream      documents packed into rows of a fixed length
     Batch       what travels from here to the loss; every other file reads it by these names
     Loader      the batches of a stream, their pictures decoded ahead of need in other processes
+    Pairs       your own pictures with captions: a folder, tars or COCO; TextFiles, your own text (formats: skip them on a first reading)
 
 Everything is a function of (seed, index), so any position of the stream can be returned to, by any number of ranks.
 """
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import struct
 import sys
@@ -360,138 +360,16 @@ class SceneText:
         return self.tokenizer.encode(self.text(index))[: self.most]
 
 
-# ---- Your own data: formats (skip this on a first reading) -----------------------------------------------------------
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others, whatever a file is called: Pillow runs a program for EPS
+# ---- Documents ------------------------------------------------------------------------------------------------------
 
 
-def fit_image(image, image_size):
-    """A PIL image as uint8 (image_size, image_size, 3): upright, on white, centre-cropped and resized (section 4.1)."""
-    image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is enough
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
+@dataclass
+class Picture:
+    """An image inside a document, loaded only when its batch is made."""
 
-
-def load_image(file, image_size, name=None):
-    """An image file (a path, or a binary file with its name) as `fit_image` makes it; of an animation, the first frame.
-    Raises ValueError, naming it, if it is no readable image, or larger than Pillow's decompression-bomb limit."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                return fit_image(image, image_size)
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
-    except Exception as error:  # Pillow raises many kinds for broken files: OSError, SyntaxError, struct.error, ...
-        reason = "it is in none of the formats " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name or file}: cannot be read as an image ({reason})") from None
-
-
-@lru_cache(maxsize=None)
-def say(message):
-    """Print on stderr what somebody should know, once, whatever odd characters a file's name brings."""
-    print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr, flush=True)
-
-
-class Skipped:
-    """Counts what is left out, names each thing once on stderr, and raises ValueError when it is more than a share `most` of
-    what was seen, or of 100. what: the plural of what is counted."""
-
-    def __init__(self, what, most):
-        self.what, self.most, self.seen, self.skipped = what, most, 0, 0
-
-    def count(self, seen, messages=()):
-        """`seen` more things, of which those that `messages` name were left out."""
-        self.seen, self.skipped = self.seen + seen, self.skipped + len(messages)
-        for message in messages:
-            say(f"skipped: {message}")
-        if messages and self.skipped > self.most * max(self.seen, 100):
-            raise ValueError(f"{self.skipped} of {self.seen} {self.what} had to be left out, more than --max_broken {self.most:g} allows; the last: {messages[-1]}")
-
-
-class Found:
-    """What reading a source found: good records, and others by kind, with the first of each kind by name."""
-
-    def __init__(self, what):
-        self.what, self.good, self.bad, self.kinds, self.first = what, 0, 0, Counter(), {}
-
-    def skip(self, kind, name, lost=True):
-        """Leave `name` out, because it is of this kind. lost: it would have been a record."""
-        self.bad += lost
-        self.kinds[kind] += 1
-        self.first.setdefault(kind, name)
-
-    def report(self, source, most):
-        """One sentence on what was left out, "" if nothing. Raises ValueError if that is too much, or nothing is left."""
-        note = ", ".join(f"{n:,} {kind} (first: {self.first[kind]})" for kind, n in self.kinds.items())
-        if not self.good:
-            raise ValueError(f"{source}: holds {self.what} of no kind that can be used" + (f": {note}" if note else ""))
-        if self.bad > most * (self.good + self.bad):
-            raise ValueError(f"{source}: {self.bad:,} of {self.good + self.bad:,} {self.what} cannot be used, more than --max_broken {most:g} allows: {note}")
-        return f"{source}: {self.good:,} {self.what}; left out: {note}" if note else ""
-
-
-def stamp(paths):
-    """What changes whenever one of these files does."""
-    return [(str(path), s.st_size, s.st_mtime_ns) for path in paths for s in [os.stat(path)]]
-
-
-def write_table(records, blob, rows):
-    """Records (bytes, int, ...) one after the other into two binary files: the bytes end to end, and a row of int64 for each
-    record, first where its bytes end. So a table takes no Python object per record, and can be memory-mapped."""
-    end = 0
-    for data, *numbers in records:
-        end += len(data)
-        blob.write(data)
-        rows.write(struct.pack(f"={1 + len(numbers)}q", end, *numbers))
-
-
-def cached_table(source, key, records, found, most, columns, cache):
-    """The table of `records()`, made once and memory-mapped from then on -> blob (uint8), rows (n, columns). It lies in the
-    folder `cache`, else in .transfusion beside the source, else (if that cannot be written) in out/cache. key: what the
-    records depend on. Several processes may make it at the same time; the first to finish wins."""
-    source = Path(source)
-    name = f"{source.stem}-{sha256(repr((key, most)).encode()).hexdigest()[:16]}"
-    beside = (source if source.is_dir() else source.parent) / ".transfusion"
-    places = [Path(cache)] if cache else [beside, Path("out/cache")]
-    if not any((place / name).is_dir() for place in places):
-        for place in places:
-            try:
-                place.mkdir(parents=True, exist_ok=True)
-                partial = Path(tempfile.mkdtemp(dir=place))
-                break
-            except OSError as error:
-                if place == places[-1]:
-                    raise ValueError(f"--cache {place}: cannot be written to ({error.strerror}); name another folder with --cache") from None
-        try:
-            say(f"{source}: reading it once; what is found is kept in {place}")
-            with open(partial / "blob", "wb") as blob, open(partial / "rows", "wb") as rows:
-                write_table(records(), blob, rows)
-            (partial / "note.txt").write_text(found.report(source, most), encoding="utf-8", errors="backslashreplace")
-            partial.chmod(0o755)
-            try:
-                partial.rename(place / name)
-            except OSError:  # another process was faster
-                if not (place / name).is_dir():
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    folder = next(place / name for place in places if (place / name).is_dir())
-    if note := (folder / "note.txt").read_text(encoding="utf-8"):
-        say(note)
-    return np.memmap(folder / "blob", np.uint8, "r"), np.memmap(folder / "rows", np.int64, "r").reshape(-1, columns)
-
-
-def held_out(name):
-    """Is what is called so one of the tenth that is never trained on?"""
-    return int(sha256(name.encode(errors="surrogateescape")).hexdigest(), 16) % 10 == 0
+    load: Callable  # () -> uint8 (H, W, 3); raises ValueError if that cannot be done
+    max_t: int  # the largest timestep it may be noised to; 0: it is shown clean, as conditioning, and has no loss
+    instead: Callable | None = None  # () -> the document, no longer, that takes the place of this one if the picture is broken
 
 
 def mix(*numbers):
@@ -534,91 +412,485 @@ def interleave(index, weights, seed):
     return len(weights) - 1, index
 
 
+class Documents:
+    """document(index): a list of segments, each a list of token ids or a Picture. Pairs come in the paper's two orders; between
+    them, text alone, so that it makes `text_fraction` of all positions (the documents' mean lengths are measured first).
+
+    pairs: as Scenes or Pairs. text: as SceneText or TextFiles, or None. n_patches: positions a picture takes, needed with text
+    """
+
+    def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0, text=None, n_patches=0):
+        self.options = pairs, tokenizer, config, timesteps, seed, text, n_patches
+        self.pairs, self.tokenizer, self.config, self.timesteps, self.seed, self.text = self.options[:6]
+        self.weights = [1.0]  # of pairs and text, by number of documents
+        if text:
+            of_pair, of_text = (np.mean([length(make(i), n_patches) for i in range(500)]) for make in (self._pair, self._text))
+            self.weights = [(1 - config.text_fraction) / of_pair, config.text_fraction / of_text]
+        self._made = lru_cache(maxsize=1024)(self._make)  # the stream asks for a document's length, then for the document
+
+    def __call__(self, index):
+        return self._made(index)
+
+    def __reduce__(self):
+        return Documents, self.options
+
+    def _make(self, index):
+        is_text, number = interleave(index, self.weights, self.seed)
+        return self._text(number) if is_text else self._pair(number)
+
+    def _text(self, number):
+        return [self.text.ids(number)]
+
+    def _pair(self, number, attempt=0, room=0):
+        """Pair `number`; or, if its picture proves broken, the one `attempt` after it, without its caption if that needs more than `room`."""
+        caption, load = self.pairs.pair(number + attempt)
+        ids = self.tokenizer.encode(caption)
+        order, drop = np.random.default_rng([self.seed, 7, number]).random(2)
+        caption_first = order < self.config.caption_first
+        if caption_first and drop < self.config.drop_caption or attempt and len(ids) > room:
+            ids = []
+        instead = (lambda: self._pair(number, attempt + 1, room if attempt else len(ids))) if attempt < 100 else None
+        picture = Picture(load, self.timesteps if caption_first else min(self.config.image_first_max_t, self.timesteps), instead)
+        return [ids, picture] if caption_first else [picture, ids]
+
+    def name(self, index):
+        """What messages call document `index`."""
+        is_text, number = interleave(index, self.weights, self.seed)
+        return f"text {number}" if is_text else self.pairs.name(number)
+
+
+def length(document, n_patches):
+    """Positions that a document takes as input: <BOS>, its tokens, and <BOI> patches <EOI> for each picture."""
+    return 1 + sum(n_patches + 2 if isinstance(segment, Picture) else len(segment) for segment in document)
+
+
+# ---- Packing ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def say(message):
+    """Print on stderr what somebody should know, once, whatever odd characters a file's name brings."""
+    print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr, flush=True)
+
+
+class Skipped:
+    """Counts what is left out, names each thing once on stderr, and raises ValueError when it is more than a share `most` of
+    what was seen, or of 100. what: the plural of what is counted."""
+
+    def __init__(self, what, most):
+        self.what, self.most, self.seen, self.skipped = what, most, 0, 0
+
+    def count(self, seen, messages=()):
+        """`seen` more things, of which those that `messages` name were left out."""
+        self.seen, self.skipped = self.seen + seen, self.skipped + len(messages)
+        for message in messages:
+            say(f"skipped: {message}")
+        if messages and self.skipped > self.most * max(self.seen, 100):
+            raise ValueError(f"{self.skipped} of {self.seen} {self.what} had to be left out, more than --max_broken {self.most:g} allows; the last: {messages[-1]}")
+
+
+class Stream:
+    """Documents packed into rows of seq_len positions, `rows` rows a step. Row r is packed from documents r, r + rows, r + 2 rows,
+    ..., and from nothing else: whichever rows are `mine`, all ranks together make the rows that one process would.
+
+    Best fit with a look-ahead: a row takes its oldest waiting document, then the longest waiting ones that still fit.
+    Packing looks at lengths only; pictures are loaded by `collate`. A document longer than a row is left out and counted.
+    state: {row: [its next document, those that wait]} of the rows that are mine. The union of all ranks' states says where the
+    whole stream stands, and can be given to any other set of ranks.
+    """
+
+    LOOK_AHEAD = 16  # documents that wait for each row
+
+    def __init__(self, document, seq_len, rows, n_patches, mine=None):
+        self.document, self.seq_len, self.rows, self.n_patches = document, seq_len, rows, n_patches
+        self.mine = list(range(rows) if mine is None else mine)
+        self.state = {r: [r, []] for r in self.mine}
+        self.skipped = Skipped(f"documents (with --seq_len {seq_len})", document.config.max_broken)
+        self._lengths = {}  # of the waiting documents
+
+    def load_state(self, state):
+        """Go on from a state, which holds my rows and perhaps others. Raises ValueError if it is of a stream of other rows."""
+        if not set(self.mine) <= set(state):
+            raise ValueError(f"the stream was saved with {len(state)} rows a step and now has {self.rows}; give the --rows that it was started with")
+        self.state = {r: state[r] for r in self.mine}
+
+    def _length(self, i):
+        if i not in self._lengths:
+            self._lengths[i] = length(self.document(i), self.n_patches)
+        return self._lengths[i]
+
+    def numbers(self, r):
+        """Pack the next row r: the numbers of its documents, in order."""
+        (ahead, waiting), row, free = self.state[r], [], self.seq_len
+        waiting = list(waiting)  # states that were handed out stay as they are
+        while True:
+            while len(waiting) < self.LOOK_AHEAD:
+                n, too_long = self._length(ahead), []
+                if n > self.seq_len:
+                    too_long = [f"{self.document.name(ahead)} takes {n} positions and seq_len is {self.seq_len}; raise --seq_len or shorten its caption"]
+                else:
+                    waiting.append(ahead)
+                self.skipped.count(1, too_long)
+                ahead += self.rows
+            fitting = [i for i in waiting if self._length(i) <= free]
+            if not fitting:
+                self.state[r] = [ahead, waiting]
+                return row
+            i = max(fitting, key=self._length) if row else fitting[0]
+            waiting.remove(i)
+            row.append(i)
+            free -= self._lengths.pop(i)
+
+    def __next__(self):
+        """My rows of the next step: a list of lists of documents."""
+        return [[self.document(i) for i in self.numbers(r)] for r in self.mine]
+
+
+# ---- The batch -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """B rows of S positions and the N images in them, in reading order."""
+
+    tokens: torch.Tensor  # (B, S) int64: the input; at a patch or padding, the padding id, which nothing reads
+    targets: torch.Tensor  # (B, S) int64: the next token, NO_LOSS where the language model has none
+    image_id: torch.Tensor  # (B, S) int64: which of `images` a patch belongs to, -1 for text
+    doc_id: torch.Tensor  # (B, S) int64: which document of its row a position belongs to, -1 for padding
+    positions: torch.Tensor  # (B, S) int64: place within the document, for RoPE
+    images: torch.Tensor  # (N, 3, H, W) float32 in -1..1; with cached latents (N, 2 C, h, w), the posterior's mean and log-variance
+    max_t: torch.Tensor  # (N,) int64: the largest timestep of each image, 0 = clean conditioning without a loss
+
+    def to(self, device):
+        """The same batch on another device."""
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def to_pixels(images):
+    """uint8 pictures (..., H, W, 3) -> float32 (..., 3, H, W) in -1..1, as the VAE takes them."""
+    return torch.as_tensor(np.asarray(images)).movedim(-1, -3).float() / 127.5 - 1
+
+
+def load_pictures(document, errors):
+    """-> (document, its pictures' pixels); if one cannot be read, those of the document that takes its place."""
+    while True:
+        pictures = [segment for segment in document if isinstance(segment, Picture)]
+        try:
+            return document, [picture.load() for picture in pictures]
+        except ValueError as error:
+            if errors is None or not pictures[0].instead:
+                raise
+            errors.append(str(error))
+            document = pictures[0].instead()
+
+
+def collate(rows, tokenizer, seq_len, n_patches, errors=None):
+    """Lay rows of documents out as a Batch. Of a document whose picture cannot be read, another takes the place, and the list
+    `errors` says why; without such a list, ValueError is raised.
+
+    A position's target is the next token of its document, <EOS> after the last. There is none where the input is <BOI>
+    (footnote 8) or a patch; so <BOI> is a target, <EOI> is not (it is inserted, never sampled), and <EOI> as input
+    predicts the text that follows it.
+    """
+    shape = len(rows), seq_len
+    tokens, targets = np.full(shape, tokenizer.pad), np.full(shape, NO_LOSS)
+    image_id, doc_id, positions = np.full(shape, TEXT), np.full(shape, PADDING), np.zeros(shape, int)
+    images, max_t = [], []
+    for b, row in enumerate(rows):
+        start = 0
+        for d, document in enumerate(row):
+            document, pixels = load_pictures(document, errors)
+            ids, owner, pixels = [tokenizer.bos], [TEXT], iter(pixels)
+            for segment in document:
+                if isinstance(segment, Picture):
+                    ids += [tokenizer.boi] + [tokenizer.pad] * n_patches + [tokenizer.eoi]
+                    owner += [TEXT] + [len(images)] * n_patches + [TEXT]
+                    images.append(next(pixels))
+                    max_t.append(segment.max_t)
+                else:
+                    ids += segment
+                    owner += [TEXT] * len(segment)
+            here = slice(start, start + len(ids))
+            ids, owner = np.array(ids), np.array(owner)
+            has_loss = (ids != tokenizer.boi) & (owner == TEXT)
+            tokens[b, here], image_id[b, here], doc_id[b, here] = ids, owner, d
+            targets[b, here] = np.where(has_loss, np.append(ids[1:], tokenizer.eos), NO_LOSS)
+            positions[b, here] = np.arange(len(ids))
+            start += len(ids)
+    images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+    images = to_pixels(images) if images.dtype == np.uint8 else torch.from_numpy(images).float()
+    return Batch(*map(torch.from_numpy, (tokens, targets, image_id, doc_id, positions)), images, torch.tensor(max_t, dtype=torch.long))
+
+
+class Loader:
+    """The batches of a stream, in order, `batch_rows` of its rows at a time (default: all of them, a whole step).
+
+    workers: processes that load pictures ahead of need; 0 = they are loaded when asked for. Batches are the same either way
+    state: of the stream, after the batches handed out so far; to go on from there, `stream.load_state` before the first `next`
+    skipped: counts pictures that could not be read. Raises ValueError when they are too many, OSError if a worker dies.
+    """
+
+    def __init__(self, stream, tokenizer, workers=0, batch_rows=None):
+        self.stream, self.tokenizer, self.workers, self.batch_rows = stream, tokenizer, workers, batch_rows or len(stream.mine)
+        self.skipped = Skipped("pictures", stream.document.config.max_broken)
+        self._batches, self._states = None, deque()  # the states after the batches that are on their way
+
+    @property
+    def state(self):
+        """Where the stream stands for who has used all the batches handed out, and no more."""
+        return dict(self.stream.state) if self._batches is None else self._state
+
+    def __next__(self):
+        """The next Batch."""
+        if self._batches is None:
+            self._state = self.state
+            batches = DataLoader(Rows(self.stream, self.tokenizer), batch_size=None, sampler=pack(self.stream, self.batch_rows, self._states),
+                                 num_workers=self.workers, worker_init_fn=leave_signals, generator=torch.Generator())  # fmt: skip
+            self._batches = iter(batches)
+        try:
+            batch, errors = next(self._batches)
+        except (RuntimeError, EOFError, OSError) as error:
+            raise OSError(f"a process that loads pictures has died ({error}); out of memory, perhaps: try fewer --workers") from None
+        if isinstance(batch, Exception):
+            raise batch
+        self._state = self._states.popleft()
+        self.skipped.count(len(batch.images) + len(errors), errors)
+        return batch
+
+
+def pack(stream, batch_rows, states):
+    """The documents' numbers in the rows of each batch, for ever; `states` takes where the stream stands after it."""
+    while True:
+        for i in range(0, len(stream.mine), batch_rows):
+            rows = [stream.numbers(r) for r in stream.mine[i : i + batch_rows]]
+            states.append(dict(stream.state))
+            yield rows
+
+
+@dataclass
+class Rows:
+    """Makes batches where DataLoader wants them."""
+
+    stream: Stream
+    tokenizer: Tokenizer
+
+    def __getitem__(self, rows):
+        """Documents' numbers -> a Batch and what went wrong. What stops training is a value too: a worker would raise it with its traceback."""
+        stream, errors = self.stream, []
+        try:
+            return collate([[stream.document(i) for i in row] for row in rows], self.tokenizer, stream.seq_len, stream.n_patches, errors), errors
+        except (ValueError, OSError) as error:
+            return error, errors
+
+
+def leave_signals(worker):
+    """In a worker: Ctrl-C is for the training process, which then ends its workers and says all that there is to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None  # of the thread that hands tensors over, when nobody takes them any more
+
+
+# ---- Your own data: formats (skip this on a first reading) -----------------------------------------------------------
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others, whatever a file is called: Pillow runs a program for EPS
+
+
+def fit_image(image, image_size):
+    """A PIL image as uint8 (image_size, image_size, 3): upright, on white, centre-cropped and resized (section 4.1)."""
+    image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is enough
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
+
+
+def load_image(file, image_size, name=None):
+    """An image file (a path, or a binary file with its name) as `fit_image` makes it; of an animation, the first frame.
+    Raises ValueError, naming it, if it is no readable image, or larger than Pillow's decompression-bomb limit."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                return fit_image(image, image_size)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except Exception as error:  # Pillow raises many kinds for broken files: OSError, SyntaxError, struct.error, ...
+        reason = "it is in none of the formats " + ", ".join(FORMATS) if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name or file}: cannot be read as an image ({reason})") from None
+
+
+class Found:
+    """What reading a source found: good records, and others by kind, with the first of each kind by name."""
+
+    def __init__(self, what):
+        self.what, self.good, self.bad, self.kinds, self.first = what, 0, 0, Counter(), {}
+
+    def skip(self, kind, name, lost=True):
+        """Leave `name` out, because it is of this kind. lost: it would have been a record."""
+        self.bad += lost
+        self.kinds[kind] += 1
+        self.first.setdefault(kind, name)
+
+    def report(self, source, most):
+        """One sentence on what was left out, "" if nothing. Raises ValueError if that is too much, or nothing is left."""
+        note = ", ".join(f"{n:,} {kind} (first: {self.first[kind]})" for kind, n in self.kinds.items())
+        if not self.good:
+            raise ValueError(f"{source}: holds {self.what} of no kind that can be used" + (f": {note}" if note else ""))
+        if self.bad > most * (self.good + self.bad):
+            raise ValueError(f"{source}: {self.bad:,} of {self.good + self.bad:,} {self.what} cannot be used, more than --max_broken {most:g} allows: {note}")
+        return f"{source}: {self.good:,} {self.what}; left out: {note}" if note else ""
+
+
+def held_out(name):
+    """Is what is called so one of the tenth that is never trained on?"""
+    return int(sha256(name.encode(errors="surrogateescape")).hexdigest(), 16) % 10 == 0
+
+
+class Table:
+    """Records (bytes, three numbers, 1 if held out else 0), one after the other in two files: the bytes end to end, and a row of
+    int64 for each record, first where its bytes end. Mapped into memory, they take no Python object per record.
+
+    files: what `records()` reads. The table is made once, and again when one of them changes; it lies in the folder `cache`, else
+    in .transfusion beside the source, else (if that cannot be written) in out/cache. Several processes may make it at the same
+    time. Without files it is made anew in memory. Length and `at` are those of a split.
+    """
+
+    def __init__(self, source, files, records, found, split, seed, most, cache, key=()):
+        self.seed, source = seed, Path(source)
+        if files:
+            stamps = [(file.name, status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
+            name = f"{source.stem}-{sha256(repr((stamps, most, key)).encode()).hexdigest()[:16]}"
+            beside = (source if source.is_dir() else source.parent) / ".transfusion"
+            places = [Path(cache)] if cache else [beside, Path("out/cache")]
+            if not any((place / name).is_dir() for place in places):
+                self._make(source, places, name, records, found, most)
+            folder = next(place / name for place in places if (place / name).is_dir())
+            self.blob, self.rows = np.memmap(folder / "blob", np.uint8, "r"), np.memmap(folder / "rows", np.int64, "r").reshape(-1, 5)
+            note = (folder / "note.txt").read_text(encoding="utf-8")
+        else:
+            blob, rows = io.BytesIO(), io.BytesIO()
+            self._write(records, blob, rows)
+            self.blob, self.rows = np.frombuffer(blob.getbuffer(), np.uint8), np.frombuffer(rows.getbuffer(), np.int64).reshape(-1, 5)
+            note = found.report(source, most)
+        if note:
+            say(note)
+        if len(self.rows) < 2:
+            raise ValueError(f"{source}: holds only one of {found.what}; at least two are needed, one of them to be held out")
+        out = self.rows[:, 4] > 0
+        if not 0 < out.sum() < len(out):  # a handful: the first is the held-out one
+            out = np.arange(len(out)) == 0
+        self.members = np.flatnonzero(out == (split == "held_out"))
+
+    def _make(self, source, places, name, records, found, most):
+        for place in places:
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                partial = tempfile.TemporaryDirectory(dir=place)
+                break
+            except OSError as error:
+                if place == places[-1]:
+                    raise ValueError(f"--cache {place}: cannot be written to ({error.strerror}); name another folder with --cache") from None
+        with partial as made:
+            say(f"{source}: reading it once; what is found is kept in {place}")
+            made = Path(made) / "table"
+            made.mkdir()
+            with open(made / "blob", "wb") as blob, open(made / "rows", "wb") as rows:
+                self._write(records, blob, rows)
+            (made / "note.txt").write_text(found.report(source, most), encoding="utf-8", errors="backslashreplace")
+            with contextlib.suppress(OSError):  # another process was faster
+                made.rename(place / name)
+
+    @staticmethod
+    def _write(records, blob, rows):
+        end = 0
+        for data, *numbers in records():
+            end += len(data)
+            blob.write(data)
+            rows.write(struct.pack("=5q", end, *numbers))
+
+    def __len__(self):
+        return len(self.members)
+
+    def at(self, index):
+        """Number `index` of the split, in a new order each epoch -> (row, epoch)."""
+        epoch, k = divmod(index, len(self))
+        return int(self.members[shuffled(k, len(self), mix(self.seed, epoch))]), epoch
+
+    def data(self, row):
+        """The bytes of a row, as an array."""
+        return self.blob[self.rows[row - 1, 0] if row else 0 : self.rows[row, 0]]
+
+
 class Pairs:
     """Pictures with captions, whose path is one of three things:
 
     a folder of pictures (.png, .jpg, ...) with captions in .txt files of the same name;
     a tar, or a folder of tars, as img2dataset and WebDataset write them: 000.jpg beside 000.txt, or 000.json with a "caption";
-    COCO's captions JSON, the pictures' folder beside it; each epoch takes another one of a picture's captions.
+    COCO's captions JSON, the pictures' folder near it; each epoch takes another one of a picture's captions.
 
     Every tenth pair, by a hash of its name, is the "held_out" split; the rest is "train", in a new order each epoch. "seen" is
-    a part of "train". Tars and JSON are indexed once (`cached_table`), then read at random by offset; nothing is unpacked.
-    What cannot be used is left out and counted. Raises ValueError if that is more than `max_broken` of all, or all.
+    a part of "train". Tars and JSON are read once (`Table`), then at random by offset; nothing is unpacked. What cannot be used
+    is left out and counted. Raises ValueError if that is more than `max_broken` of all, or all.
     """
 
     SPLITS = ("train", "seen", "held_out")
 
     def __init__(self, path, image_size, split="train", seed=0, max_broken=0.05, cache="", latents=""):
         self.options = path, image_size, split, seed, max_broken, cache, latents
-        self.image_size, self.seed, self.root, self.shards = image_size, seed, Path(path), []
-        found = Found("pictures with captions")
+        self.image_size, self.root, self.shards, found = image_size, Path(path), [], Found("pictures with captions")
+        files, records = [], lambda: folder_records(self.root, found)
         if self.root.suffix.lower() == ".json":
-            if not self.root.is_file():
-                raise ValueError(f"{path}: no such file")
-            self.root, records, key = coco_folder(self.root), lambda: coco_records(path, self.root, found), stamp([path])
+            files, records = [self.root], lambda: coco_records(Path(path), found)
+            self.root = self.root.parent
         elif self.root.suffix.lower() == ".tar" or any(self.root.rglob("*.tar")):
             self.shards = sorted(self.root.rglob("*.tar")) if self.root.is_dir() else [self.root]
-            self.root, records = Path(), lambda: tar_records(self.shards, found)
-            if not all(shard.is_file() for shard in self.shards):
-                raise ValueError(f"{path}: no such file")
-            key = stamp(self.shards)
-        else:
-            key = None
-        if key:
-            self.blob, rows = cached_table(path, key, records, found, max_broken, 5, cache)
-        else:
-            files = io.BytesIO(), io.BytesIO()
-            write_table(folder_records(self.root, found), *files)
-            if note := found.report(path, max_broken):
-                say(note)
-            self.blob, rows = np.frombuffer(files[0].getbuffer(), np.uint8), np.frombuffer(files[1].getbuffer(), np.int64).reshape(-1, 5)
-        self.rows = rows  # where the text ends, number of the tar, offset, size, 1 if held out
-        if len(rows) < 2:
-            raise ValueError(f"{path}: holds one picture with a caption; at least two are needed, one of them to be held out")
-        out = rows[:, 4] > 0 if 0 < rows[:, 4].sum() < len(rows) else np.arange(len(rows)) == 0  # of a handful, the first is the held-out one
-        self.members = np.flatnonzero(out == (split == "held_out"))
-        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(Latents(latents, len(rows), image_size) if latents else self.read)  # at most 64 MB of pixels
+            files, records = self.shards, lambda: tar_records(self.shards, found)
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{file}: no such file")
+        self.table = Table(path, files, records, found, split, seed, max_broken, cache)
+        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(Latents(latents, len(self.rows), image_size) if latents else self.read)  # at most 64 MB of pixels
 
     def __len__(self):
-        return len(self.members)
+        return len(self.table)
 
     def __reduce__(self):
         return Pairs, self.options
 
-    def _at(self, index):
-        """Row of pair number `index`, and which epoch that is in."""
-        epoch, k = divmod(index, len(self))
-        return int(self.members[shuffled(k, len(self), mix(self.seed, epoch))]), epoch
-
     def _text(self, row):
         """Name and captions of a row."""
-        start = self.rows[row - 1, 0] if row else 0
-        return self.blob[start : self.rows[row, 0]].tobytes().decode(errors="surrogateescape").split("\0")
+        return self.table.data(row).tobytes().decode(errors="surrogateescape").split("\0")
 
     def read(self, row):
         """The picture in row `row` of the table, train and held out alike. Raises ValueError if it is broken."""
-        name, (_, shard, offset, size, _) = self._text(row)[0], self.rows[row]
+        _, shard, offset, size, _ = self.table.rows[row]
         if not self.shards:
-            return load_image(self.root / name, self.image_size)
+            return load_image(self.root / self._text(row)[0], self.image_size)
         with open(self.shards[shard], "rb") as file:
             file.seek(offset)
-            return load_image(io.BytesIO(file.read(size)), self.image_size, f"{self.shards[shard]}: {name}")
+            return load_image(io.BytesIO(file.read(size)), self.image_size, self._name(row))
+
+    def _name(self, row):
+        name = self._text(row)[0]
+        return f"{self.shards[self.table.rows[row, 1]]}: {name}" if self.shards else str(self.root / name)
 
     def pair(self, index):
         """(caption, function that loads the picture, which raises ValueError if it is broken); index runs on over the epochs."""
-        row, epoch = self._at(index)
+        row, epoch = self.table.at(index)
         _, *captions = self._text(row)
         return captions[(row + epoch) % len(captions)], lambda: self._load(row)
 
     def captions(self, index):
         """All that is written about the picture of pair number `index`."""
-        return self._text(self._at(index)[0])[1:]
+        return self._text(self.table.at(index)[0])[1:]
 
     def name(self, index):
         """The file that pair number `index` is in."""
-        row = self._at(index)[0]
-        name = self._text(row)[0]
-        return f"{self.shards[self.rows[row, 1]]}: {name}" if self.shards else str(self.root / name)
+        return self._name(self.table.at(index)[0])
 
 
 def clean_caption(text):
@@ -627,7 +899,7 @@ def clean_caption(text):
 
 
 def record(name, captions, shard=0, offset=0, size=0):
-    """One row of the table of Pairs."""
+    """One record of the Table of Pairs: the name is a hash's and a message's, and in a folder the file's."""
     return "\0".join([name, *captions]).encode(errors="surrogateescape"), shard, offset, size, held_out(Path(name).stem)
 
 
@@ -714,41 +986,27 @@ def tar_records(shards, found):
                     found.skip("without a caption", f"{shard}: {stem}{picture}")
 
 
-def read_coco(path):
-    """(images, annotations) of a COCO captions file. Raises ValueError if it is none."""
+def coco_records(path, found):
+    """The pictures of a COCO captions file, each with all its captions; their folder is near it, wherever the first of them is."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        images = {image["id"]: image["file_name"] for image in content["images"]}
-        captions = {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        images, captions = {image["id"]: Path(image["file_name"]) for image in content["images"]}, {}
         for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-        if not all(isinstance(name, str) for name in images.values()):
-            raise TypeError
-        return images, captions, len(content["images"]) - len(images)
+            captions.setdefault(annotation["image_id"], []).append(clean_caption(annotation["caption"]))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f'{path}: is not COCO captions ({type(error).__name__}: {error}); expected {{"images": [{{"id", "file_name"}}, ...], '
                          f'"annotations": [{{"image_id", "caption"}}, ...]}}') from None  # fmt: skip
-
-
-def coco_folder(path):
-    """The folder of the pictures that COCO captions describe: near the JSON, wherever the first of them is."""
-    images = read_coco(path)[0]
     part = path.stem.removeprefix("captions_")
-    folders = [parent / child for parent in (path.parent, path.parent.parent) for child in (".", "images", part, f"images/{part}", path.stem)]
-    for folder in folders:
-        if any((folder / name).is_file() for name in itertools.islice(images.values(), 10)):
-            return folder
-    raise ValueError(f"{path}: its pictures ({', '.join(itertools.islice(images.values(), 2))}, ...) are not there; looked in {', '.join(map(str, folders))}")
-
-
-def coco_records(path, root, found):
-    """The pictures of COCO captions, each with all its captions."""
-    images, captions, twice = read_coco(path)
-    for number in range(twice):
+    folders = [parent / child for parent in (path.parent, path.parent.parent) for child in (".", "images", part, f"images/{part}")]
+    first = [name for name in itertools.islice(images.values(), 10)]
+    root = next((folder for folder in folders for name in first if (folder / name).is_file()), None)
+    if first and not root:
+        raise ValueError(f"{path}: its pictures ({first[0]}, ...) are not there; looked in {', '.join(map(str, folders))}")
+    for _ in range(len(content["images"]) - len(images)):
         found.skip("images with an id that was there before", path, lost=False)
     for image, name in images.items():
-        texts = [text for text in map(clean_caption, captions.pop(image, [])) if text]
-        if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
+        texts = [text for text in captions.pop(image, []) if text]
+        if name.is_absolute() or ".." in name.parts or "\0" in str(name):
             found.skip("names that lead out of the folder", name)
         elif not texts:
             found.skip("without a caption", name)
@@ -756,7 +1014,7 @@ def coco_records(path, root, found):
             found.skip("without the picture", root / name)
         else:
             found.good += 1
-            yield record(name, texts)
+            yield record(os.path.relpath(root / name, path.parent), texts)
     for image in captions:
         found.skip("captions of unknown images", f"image_id {image}", lost=False)
 
@@ -852,50 +1110,39 @@ def readable(pairs, first, n, skipped=None):
 
 
 class TextFiles:
-    """Your own text, tokenised once into a memory-mapped file (`cached_table`): UTF-8 .txt files, each a document, .jsonl files
-    with a "text" on every line, or folders of them. Documents are cut into pieces that fit a row. Every tenth piece, by a hash
-    of where it is, is the "held_out" split; the rest is "train", in a new order each epoch. ids(i) is a list of tokens."""
+    """Your own text, tokenised once into a Table: UTF-8 .txt files, each a document, .jsonl files with a "text" on every line, or
+    folders of them. Documents are cut into pieces that fit a row. Every tenth piece, by a hash of where it is, is the "held_out"
+    split; the rest is "train", in a new order each epoch. Raises ValueError, naming the file, if one cannot be read as text."""
 
     def __init__(self, config, tokenizer, split="train", seed=0):
         self.options = config, tokenizer, split, seed
-        self.seed, paths = seed, [Path(path) for path in config.text.split(",")]
-        for path in paths:
-            if not path.exists():
-                raise ValueError(f"--text {path}: no such file or folder")
-        files = [file for path in paths for file in (sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path])]
-        if not files:
-            raise ValueError(f"--text {config.text}: no .txt or .jsonl files here")
+        files, most, found = [], config.seq_len - 1, Found("texts")
+        for path in map(Path, config.text.split(",")):
+            files += sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+            if not files or not files[-1].is_file():
+                raise ValueError(f"--text {path}: " + ("no .txt or .jsonl files here" if path.is_dir() else "no such file or folder"))
         self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        found = Found("texts")
 
         def records():
             for file in files:
-                for where, text in read_jsonl(file, found) if file.suffix in (".jsonl", ".json") else read_txt(file):
-                    ids = np.array(tokenizer.encode(text), self.dtype)
+                for where, text in read_jsonl(file, found) if file.suffix == ".jsonl" else read_txt(file):
                     found.good += 1
-                    for start in range(0, len(ids), config.seq_len - 1):
-                        yield ids[start : start + config.seq_len - 1].tobytes(), held_out(f"{file.name}:{where}:{start}")
+                    ids = np.array(tokenizer.encode(text), self.dtype)
+                    for start in range(0, len(ids), most):
+                        yield ids[start : start + most].tobytes(), 0, 0, 0, held_out(f"{file.name}:{where}:{start}")
 
-        key = stamp(files), config.seq_len, sha256(repr(tokenizer.state()).encode()).hexdigest()
-        blob, self.rows = cached_table(paths[0], key, records, found, config.max_broken, 2, config.cache)
-        self.tokens = blob.view(self.dtype)
-        if len(self.rows) < 2:
-            raise ValueError(f"--text {config.text}: fits into one row; at least two pieces are needed, one of them to be held out")
-        out = self.rows[:, 1] > 0 if 0 < self.rows[:, 1].sum() < len(self.rows) else np.arange(len(self.rows)) == 0
-        self.members = np.flatnonzero(out == (split == "held_out"))
+        key = most, sha256(repr(tokenizer.state()).encode()).hexdigest()
+        self.table = Table(config.text.split(",")[0], files, records, found, split, seed, config.max_broken, config.cache, key)
 
     def __len__(self):
-        return len(self.members)
+        return len(self.table)
 
     def __reduce__(self):
         return TextFiles, self.options
 
     def ids(self, index):
-        """Piece number `index`; it runs on over the epochs."""
-        epoch, k = divmod(index, len(self))
-        row = self.members[shuffled(k, len(self), mix(self.seed, epoch))]
-        start, end = (self.rows[row - 1, 0] if row else 0), self.rows[row, 0]
-        return self.tokens[start // self.tokens.itemsize : end // self.tokens.itemsize].tolist()
+        """Piece number `index`, a list of tokens; index runs on over the epochs."""
+        return self.table.data(self.table.at(index)[0]).view(self.dtype).tolist()
 
 
 def read_txt(path):
@@ -980,263 +1227,6 @@ def open_tokenizer(config, pairs):
     except (ValueError, OSError) as error:
         reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
         raise ValueError(f"--tokenizer {config.tokenizer}: {reason}") from None
-
-# ---- Documents ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Picture:
-    """An image inside a document, loaded only when its batch is made."""
-
-    load: Callable  # () -> uint8 (H, W, 3); raises ValueError if that cannot be done
-    max_t: int  # the largest timestep it may be noised to; 0: it is shown clean, as conditioning, and has no loss
-    instead: Callable | None = None  # () -> the document, no longer, that takes the place of this one if the picture is broken
-
-
-class Documents:
-    """document(index): a list of segments, each a list of token ids or a Picture. Pairs come in the paper's two orders; between
-    them, text alone, so that it makes `text_fraction` of all positions (the documents' mean lengths are measured first).
-
-    pairs: as Scenes or Pairs. text: as SceneText or TextFiles, or None. n_patches: positions a picture takes, needed with text
-    """
-
-    def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0, text=None, n_patches=0):
-        self.options = pairs, tokenizer, config, timesteps, seed, text, n_patches
-        self.pairs, self.tokenizer, self.config, self.timesteps, self.seed, self.text = self.options[:6]
-        self.weights = [1.0]  # of pairs and text, by number of documents
-        if text:
-            of_pair, of_text = (np.mean([length(make(i), n_patches) for i in range(500)]) for make in (self._pair, self._text))
-            self.weights = [(1 - config.text_fraction) / of_pair, config.text_fraction / of_text]
-        self._made = lru_cache(maxsize=1024)(self._make)  # the stream asks for a document's length, then for the document
-
-    def __call__(self, index):
-        return self._made(index)
-
-    def __reduce__(self):
-        return Documents, self.options
-
-    def _make(self, index):
-        is_text, number = interleave(index, self.weights, self.seed)
-        return self._text(number) if is_text else self._pair(number)
-
-    def _text(self, number):
-        return [self.text.ids(number)]
-
-    def _pair(self, number, attempt=0, room=0):
-        """Pair `number`; or, if its picture proves broken, the one `attempt` after it, without its caption if that needs more than `room`."""
-        caption, load = self.pairs.pair(number + attempt)
-        ids = self.tokenizer.encode(caption)
-        order, drop = np.random.default_rng([self.seed, 7, number]).random(2)
-        caption_first = order < self.config.caption_first
-        if caption_first and drop < self.config.drop_caption or attempt and len(ids) > room:
-            ids = []
-        instead = (lambda: self._pair(number, attempt + 1, room if attempt else len(ids))) if attempt < 100 else None
-        picture = Picture(load, self.timesteps if caption_first else min(self.config.image_first_max_t, self.timesteps), instead)
-        return [ids, picture] if caption_first else [picture, ids]
-
-    def name(self, index):
-        """What messages call document `index`."""
-        is_text, number = interleave(index, self.weights, self.seed)
-        return f"text {number}" if is_text else self.pairs.name(number)
-
-
-def length(document, n_patches):
-    """Positions that a document takes as input: <BOS>, its tokens, and <BOI> patches <EOI> for each picture."""
-    return 1 + sum(n_patches + 2 if isinstance(segment, Picture) else len(segment) for segment in document)
-
-
-class Stream:
-    """Documents packed into rows of seq_len positions, `rows` rows a step. Row r is packed from documents r, r + rows, r + 2 rows,
-    ..., and from nothing else: whichever rows are `mine`, all ranks together make the rows that one process would.
-
-    Best fit with a look-ahead: a row takes its oldest waiting document, then the longest waiting ones that still fit.
-    Packing looks at lengths only; pictures are loaded by `collate`. A document longer than a row is left out and counted.
-    state: {row: [its next document, those that wait]} of the rows that are mine. The union of all ranks' states says where the
-    whole stream stands, and can be given to any other set of ranks.
-    """
-
-    LOOK_AHEAD = 16  # documents that wait for each row
-
-    def __init__(self, document, seq_len, rows, n_patches, mine=None):
-        self.document, self.seq_len, self.rows, self.n_patches = document, seq_len, rows, n_patches
-        self.mine = list(range(rows) if mine is None else mine)
-        self.state = {r: [r, []] for r in self.mine}
-        self.skipped = Skipped(f"documents (with --seq_len {seq_len})", document.config.max_broken)
-        self._lengths = {}  # of the waiting documents
-
-    def load_state(self, state):
-        """Go on from a state, which holds my rows and perhaps others. Raises ValueError if it is of a stream of other rows."""
-        if not set(self.mine) <= set(state):
-            raise ValueError(f"the stream was saved with {len(state)} rows a step and now has {self.rows}; give the --rows that it was started with")
-        self.state = {r: state[r] for r in self.mine}
-
-    def _length(self, i):
-        if i not in self._lengths:
-            self._lengths[i] = length(self.document(i), self.n_patches)
-        return self._lengths[i]
-
-    def numbers(self, r):
-        """Pack the next row r: the numbers of its documents, in order."""
-        (ahead, waiting), row, free = self.state[r], [], self.seq_len
-        waiting = list(waiting)  # states that were handed out stay as they are
-        while True:
-            while len(waiting) < self.LOOK_AHEAD:
-                n, too_long = self._length(ahead), []
-                if n > self.seq_len:
-                    too_long = [f"{self.document.name(ahead)} takes {n} positions and seq_len is {self.seq_len}; raise --seq_len or shorten its caption"]
-                else:
-                    waiting.append(ahead)
-                self.skipped.count(1, too_long)
-                ahead += self.rows
-            fitting = [i for i in waiting if self._length(i) <= free]
-            if not fitting:
-                self.state[r] = [ahead, waiting]
-                return row
-            i = max(fitting, key=self._length) if row else fitting[0]
-            waiting.remove(i)
-            row.append(i)
-            free -= self._lengths.pop(i)
-
-    def __next__(self):
-        """My rows of the next step: a list of lists of documents."""
-        return [[self.document(i) for i in self.numbers(r)] for r in self.mine]
-
-
-@dataclass
-class Batch:
-    """B rows of S positions and the N images in them, in reading order."""
-
-    tokens: torch.Tensor  # (B, S) int64: the input; at a patch or padding, the padding id, which nothing reads
-    targets: torch.Tensor  # (B, S) int64: the next token, NO_LOSS where the language model has none
-    image_id: torch.Tensor  # (B, S) int64: which of `images` a patch belongs to, -1 for text
-    doc_id: torch.Tensor  # (B, S) int64: which document of its row a position belongs to, -1 for padding
-    positions: torch.Tensor  # (B, S) int64: place within the document, for RoPE
-    images: torch.Tensor  # (N, 3, H, W) float32 in -1..1; with cached latents (N, 2 C, h, w), the posterior's mean and log-variance
-    max_t: torch.Tensor  # (N,) int64: the largest timestep of each image, 0 = clean conditioning without a loss
-
-    def to(self, device):
-        """The same batch on another device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
-
-
-def to_pixels(images):
-    """uint8 pictures (..., H, W, 3) -> float32 (..., 3, H, W) in -1..1, as the VAE takes them."""
-    return torch.as_tensor(np.asarray(images)).movedim(-1, -3).float() / 127.5 - 1
-
-
-def load_pictures(document, errors):
-    """-> (document, its pictures' pixels); if one cannot be read, those of the document that takes its place."""
-    while True:
-        pictures = [segment for segment in document if isinstance(segment, Picture)]
-        try:
-            return document, [picture.load() for picture in pictures]
-        except ValueError as error:
-            if errors is None or not pictures[0].instead:
-                raise
-            errors.append(str(error))
-            document = pictures[0].instead()
-
-
-def collate(rows, tokenizer, seq_len, n_patches, errors=None):
-    """Lay rows of documents out as a Batch. Of a document whose picture cannot be read, another takes the place, and the list
-    `errors` says why; without such a list, ValueError is raised.
-
-    A position's target is the next token of its document, <EOS> after the last. There is none where the input is <BOI>
-    (footnote 8) or a patch; so <BOI> is a target, <EOI> is not (it is inserted, never sampled), and <EOI> as input
-    predicts the text that follows it.
-    """
-    shape = len(rows), seq_len
-    tokens, targets = np.full(shape, tokenizer.pad), np.full(shape, NO_LOSS)
-    image_id, doc_id, positions = np.full(shape, TEXT), np.full(shape, PADDING), np.zeros(shape, int)
-    images, max_t = [], []
-    for b, row in enumerate(rows):
-        start = 0
-        for d, document in enumerate(row):
-            document, pixels = load_pictures(document, errors)
-            ids, owner, pixels = [tokenizer.bos], [TEXT], iter(pixels)
-            for segment in document:
-                if isinstance(segment, Picture):
-                    ids += [tokenizer.boi] + [tokenizer.pad] * n_patches + [tokenizer.eoi]
-                    owner += [TEXT] + [len(images)] * n_patches + [TEXT]
-                    images.append(next(pixels))
-                    max_t.append(segment.max_t)
-                else:
-                    ids += segment
-                    owner += [TEXT] * len(segment)
-            here = slice(start, start + len(ids))
-            ids, owner = np.array(ids), np.array(owner)
-            has_loss = (ids != tokenizer.boi) & (owner == TEXT)
-            tokens[b, here], image_id[b, here], doc_id[b, here] = ids, owner, d
-            targets[b, here] = np.where(has_loss, np.append(ids[1:], tokenizer.eos), NO_LOSS)
-            positions[b, here] = np.arange(len(ids))
-            start += len(ids)
-    images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-    images = to_pixels(images) if images.dtype == np.uint8 else torch.from_numpy(images).float()
-    return Batch(*map(torch.from_numpy, (tokens, targets, image_id, doc_id, positions)), images, torch.tensor(max_t, dtype=torch.long))
-
-
-class Loader:
-    """The batches of a stream, in order, `batch_rows` of its rows at a time (default: all of them, a whole step).
-
-    workers: processes that load pictures ahead of need; 0 = they are loaded when asked for. Batches are the same either way
-    state: of the stream, after the batches handed out so far; to go on from there, `stream.load_state` before the first `next`
-    skipped: counts pictures that could not be read. Raises ValueError when they are too many, OSError if a worker dies.
-    """
-
-    def __init__(self, stream, tokenizer, workers=0, batch_rows=None):
-        self.stream, self.tokenizer, self.workers = stream, tokenizer, workers
-        self.batch_rows = batch_rows or len(stream.mine)
-        self.skipped = Skipped("pictures", stream.document.config.max_broken)
-        self._states, self._batches = deque(), None
-
-    @property
-    def state(self):
-        """Where the stream stands for who has used all the batches handed out, and no more."""
-        return self.stream.state if self._batches is None else self._state
-
-    def _keys(self):
-        """The documents' numbers in the rows of each batch, for ever."""
-        stream = self.stream
-        while True:
-            for i in range(0, len(stream.mine), self.batch_rows):
-                rows = [stream.numbers(r) for r in stream.mine[i : i + self.batch_rows]]
-                self._states.append(dict(stream.state))
-                yield rows
-
-    def __getitem__(self, rows):
-        """One batch, made where DataLoader wants it. Errors travel as values: a worker would raise them with its traceback."""
-        stream, errors = self.stream, []
-        try:
-            rows = [[stream.document(i) for i in row] for row in rows]
-            return collate(rows, self.tokenizer, stream.seq_len, stream.n_patches, errors), errors
-        except (ValueError, OSError) as error:
-            return error, errors
-
-    def __getstate__(self):
-        return vars(self) | {"_states": None, "_batches": None}  # what a worker needs
-
-    def __next__(self):
-        """The next Batch."""
-        if self._batches is None:
-            self._state = dict(self.stream.state)
-            self._batches = iter(DataLoader(self, batch_size=None, sampler=self._keys(), num_workers=self.workers, worker_init_fn=leave_signals,
-                                            generator=torch.Generator()))  # fmt: skip
-        try:
-            batch, errors = next(self._batches)
-        except RuntimeError as error:
-            raise OSError(f"a process that loads pictures has died ({error}); out of memory, perhaps: try fewer --workers") from None
-        if isinstance(batch, Exception):
-            raise batch
-        self._state = self._states.popleft()
-        self.skipped.count(len(batch.images) + len(errors), errors)
-        return batch
-
-
-def leave_signals(worker):
-    """In a worker: Ctrl-C is for the training process, which then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
 
 if __name__ == "__main__":
     scenes, config = Scenes(), DataConfig(image_size=32, seq_len=128, merges=512)
