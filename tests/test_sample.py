@@ -11,7 +11,7 @@ from PIL import Image
 import sample
 from attention_mask import transfusion_mask
 from data import Tokenizer, collate
-from diffusion import DDPM
+from diffusion import DDPM, needs_noise
 from sample import contact_sheet, generate, newest_checkpoint
 from train import losses
 
@@ -73,7 +73,11 @@ def recompute(trained, document, seed, *, draw=True, steps=3, sampler="ddpm", et
         if not drawing:
             logits = forward(ids, owner, images, 0)[0][-1]
             logits[[T.bos, T.eoi, T.pad] + [T.boi] * (max_images == 0)] = -torch.inf
-            token = int(logits.argmax() if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:  # inverse transform sampling, in float64
+                up_to = (logits.double() / temperature).softmax(-1).cumsum(-1)
+                token = int((up_to >= 1 - torch.rand((), generator=generator)).nonzero()[0])
             if token == T.eos:
                 return new
             if token != T.boi:
@@ -89,16 +93,15 @@ def recompute(trained, document, seed, *, draw=True, steps=3, sampler="ddpm", et
         owner.append(-1)
         x = torch.randn(3, SIDE, SIDE, generator=generator)
         add_image(x)
-        times = ddpm.schedule(steps)
+        times, x_0, before = ddpm.schedule(steps), None, 0
         for t, s in zip(times, times[1:]):
             prediction = forward(ids, owner, images[:-1] + [x], t)[1][-1]
             if guidance_scale != 1.0:
                 alone = forward([T.bos, T.boi] + [T.pad] * n, [-1, -1] + [0] * n, [x], t)[1][-1]
                 prediction = alone + guidance_scale * (prediction - alone)
-            if sampler == "ddpm":
-                x = ddpm.ddpm_step(prediction[None], x[None], t, s, torch.randn(x.shape, generator=generator)[None])[0]
-            else:
-                x = ddpm.ddim_step(prediction[None], x[None], t, s)[0]
+            noise = torch.randn(1, *x.shape, generator=generator) if needs_noise(sampler, eta) else None
+            x, x_0 = ddpm.step(sampler, prediction[None], x[None], t, s, noise, eta, before, x_0)
+            x, before = x[0], t
         images[-1] = x
         new.append(x)
         ids.append(T.eoi)
