@@ -81,7 +81,7 @@ def load(path, device="cpu"):
 
 # ---- The engine -----------------------------------------------------------------------------------------------------
 
-TEXT_CALLS = 4  # tokens that each row in text mode gets between two denoising steps of the others
+TEXT_CALLS = 8  # tokens that each row in text mode gets between two denoising steps of the others: about as much time
 COMPILE_FROM = 10_000  # image denoising steps, on CUDA: from about here on they repay a minute of compilation
 
 
@@ -106,7 +106,7 @@ class Decoder:
     """The places of a batch, the rows in them, and the three calls of the model that move these on: the prompts of new rows,
     a token for each row in text mode, a denoising step for each row in image mode."""
 
-    def __init__(self, trained, places, slots, *, steps, sampler, eta, guidance_scale, top_k, top_p, on_text, on_step):
+    def __init__(self, trained, places, slots, pictures, *, steps, sampler, eta, guidance_scale, top_k, top_p, on_text, on_step):
         self.trained, self.model, self.tokenizer = trained, trained.model, trained.tokenizer
         c, self.device = self.model.config, next(self.model.parameters()).device
         self.sampler, self.eta, self.noisy = sampler, eta, needs_noise(sampler, eta)
@@ -116,13 +116,17 @@ class Decoder:
         self.rows = [None] * places
         self.logits = torch.zeros(places, c.vocab_size, device=self.device)  # of each row's next token
         self.x, self.x_0 = torch.zeros(2, places, *self.shape, device=self.device)  # x_t, and the last step's estimate of x_0
-        self.compiled = False
+        self.compiled = self.compiles(pictures * steps)
         self.branches = 1 if guidance_scale == 1.0 else 2  # cache rows of each place: the row's, its guidance branch's
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.cache = KVCache(c, self.branches * places, max(slots, 2 + c.n_patches), self.device, dtype)
         if self.branches == 2:
             start = self.embed([[self.tokenizer.bos, self.tokenizer.boi]] * places)
             self.run(start, range(1, 2 * places, 2), [0] * places, torch.ones(2, 2, dtype=torch.bool, device=self.device).tril())
+
+    def compiles(self, image_steps):
+        """Does it pay to compile the denoising step?"""
+        return self.device.type == "cuda" and image_steps >= COMPILE_FROM
 
     def embed(self, tokens):
         return self.model.embedding(torch.tensor(tokens, device=self.device))
@@ -249,6 +253,8 @@ class Decoder:
             rows += [self.branches * p, 2 * p + 1][:branches]
             starts += [self.rows[p].position, 2][:branches]
         positions, mask = self.place(rows, starts, self.n_patches)
+        if self.compiled and len(rows) < self.cache.k.shape[1]:
+            self.cache.rows = self.cache.row_index[:, 0]  # a slice would be compiled in, and every other one compiled again
         prediction = self.denoise(self.x[places].repeat_interleave(branches, 0), torch.tensor(t, device=self.device).repeat_interleave(branches), positions, mask)
         if guided:
             prediction = guide(prediction[0::2], prediction[1::2], self.guidance_scale)
@@ -355,8 +361,7 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
     options = dict(steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, on_text=on_text, on_step=on_step)
     device = next(trained.model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        decoder = Decoder(trained, min(max_batch, max(1, len(waiting))), min(slots, config["data"]["seq_len"]), **options)
-        decoder.compiled = device.type == "cuda" and steps * max_images * len(rows) >= COMPILE_FROM
+        decoder = Decoder(trained, min(max_batch, max(1, len(waiting))), min(slots, config["data"]["seq_len"]), max_images * len(waiting), **options)
         while waiting or any(decoder.rows):
             for _ in range(TEXT_CALLS):
                 decoder.admit(waiting)
@@ -381,6 +386,12 @@ def to_segments(document, trained, draw):
     return segments
 
 
+def to_picture(latents, trained):
+    """Latents (C, H, W) -> PIL image."""
+    pixels = trained.vae.decode(latents[None])[0]
+    return Image.fromarray(((pixels + 1) * 127.5).round().byte().movedim(0, -1).cpu().numpy())
+
+
 def to_document(generated, trained):
     """Ids and latents -> strings and PIL images."""
     document, ids = [], []
@@ -392,8 +403,7 @@ def to_document(generated, trained):
             document.append(trained.tokenizer.decode(ids))
             ids = []
         if item is not None:
-            pixels = trained.vae.decode(item[None])[0]
-            document.append(Image.fromarray(((pixels + 1) * 127.5).round().byte().movedim(0, -1).cpu().numpy()))
+            document.append(to_picture(item, trained))
     return document
 
 
@@ -424,6 +434,33 @@ def contact_sheet(images, captions, columns=None, side=128):
         for k, words in enumerate(text):
             draw.text((x, y + side + 4 + k * line), words, fill=(40, 40, 40), font=font)
     return sheet
+
+
+def html_page(documents, given):
+    """Documents as one self-contained HTML page -> str. given: how many parts of each were the prompt's (shown in grey)."""
+    parts = []
+    for document, n in zip(documents, given):
+        parts.append("<article>")
+        for i, part in enumerate(document):
+            kind = "given" if i < n else "new"
+            if isinstance(part, str):
+                parts.append(f'<p class="{kind}">{html.escape(part.strip())}</p>')
+                continue
+            file = io.BytesIO()
+            part.save(file, "PNG")
+            parts.append(f'<img class="{kind}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="">')
+        parts.append("</article>")
+    style = ("body { font: 16px/1.5 system-ui, sans-serif; max-width: 40em; margin: 2em auto; padding: 0 1em } .given { color: #888 } "
+             "article { border-bottom: 1px solid #ddd; padding: 1em 0 } img { width: 256px; max-width: 100%; image-rendering: pixelated }")  # fmt: skip
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Transfusion</title><style>{style}</style><body>{"".join(parts)}</body></html>\n'
+
+
+def save_film(path, films, captions, trained, frames=40):
+    """The denoising as an animated GIF of contact sheets. films: for each picture, its latents x_t from noise to the end."""
+    steps = len(films[0]) - 1
+    shown = sorted({round(n * steps / min(frames, steps)) for n in range(min(frames, steps) + 1)})
+    sheets = [contact_sheet([to_picture(film[n], trained) for film in films], captions) for n in shown]
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=[80] * (len(sheets) - 1) + [2000], loop=0)
 
 
 class Parser(argparse.ArgumentParser):
@@ -459,54 +496,115 @@ def newest_checkpoint():
     return found[-1]
 
 
+def read_prompts(path):
+    """The lines of a text file, without the empty ones. Raises ValueError, naming the file."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8 text") from None
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt; write one a line")
+    return prompts
+
+
+class Terminal:
+    """What is seen while documents are written: the text of a single one, a bar for the denoising. Keeps the films."""
+
+    def __init__(self, prompt, single, keep):
+        self.single, self.keep, self.films = single, keep, {}
+        self.bar = tqdm(desc="denoise", total=0, leave=False)
+        if single:
+            print(f"0: {prompt}", end=" " if prompt else "", flush=True)
+
+    def on_text(self, number, piece):
+        if self.single:
+            print(piece, end="", flush=True)
+
+    def on_step(self, number, step, x_t):
+        films = self.films.setdefault(number, [])
+        if step == 0:
+            films.append([])
+            if self.single:
+                print(flush=True)  # the bar takes the next line
+        self.bar.update(step > 0)
+        if self.keep:
+            films[-1].append(x_t.clone())
+
+
 def main(argv=None):
     """The command line."""
     parser = Parser(description="Sample from a checkpoint of train.py.", allow_abbrev=False)
     parser.add_argument("--ckpt", help="checkpoint or a run's folder (default: the newest under out/)")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    parser.add_argument("--image", help="picture to caption (or, with --prompt, what precedes the prompt)")
-    parser.add_argument("--num", type=int, help="samples per prompt (default 4; 1 for captions)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompts", metavar="FILE", help="a text file with a prompt a line")
+    parser.add_argument("--image", help="picture to caption (or, with --prompt, what precedes the prompt: an instruction)")
+    parser.add_argument("--free", action="store_true", help="let the model decide when to draw, instead of drawing each prompt at once")
+    parser.add_argument("--num", type=int, help="samples per prompt (default 4; 1 for captions; 8 without a prompt)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample of each prompt (default 0); the next ones count on")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the preset's)")
-    parser.add_argument("--sampler", choices=("ddpm", "ddim"), help="(default: the preset's)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="(default: the preset's)")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds, 0 to 1 (default 0)")
     parser.add_argument("--guidance_scale", type=float, help="1 = none (default: the preset's)")
     parser.add_argument("--temperature", type=float, help="of the text; 0 = greedy (default: 0 after a prompt, else 1)")
     parser.add_argument("--top_k", type=int, default=0, help="sample text among the k likeliest tokens; 0 = all")
-    parser.add_argument("--max_tokens", type=int, default=64, help="at most so much new text")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample text among the likeliest tokens that together have this probability")
+    parser.add_argument("--max_tokens", type=int, default=64, help="at most so much new text per document (default 64)")
+    parser.add_argument("--max_images", type=int, help="at most so many new pictures per document (default 1; 0 for captions)")
+    parser.add_argument("--max_batch", type=int, default=64, help="documents in work at a time (default 64)")
     parser.add_argument("--out", default="out/samples", help="folder for the pictures (default out/samples)")
+    parser.add_argument("--gif", action="store_true", help="also write the denoising as film.gif")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
     ckpt = args.ckpt or newest_checkpoint()
+    texts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     trained = load(ckpt, pick_device(args.device))
     image = [Image.fromarray(load_image(args.image, trained.config["data"]["image_size"]))] if args.image else []
-    prompts = [[*image, prompt] for prompt in args.prompt] or [image]
-    num = (1 if image and not args.prompt else 4) if args.num is None else args.num
+    prompts = [[*image, text] for text in texts] or [image]
+    num = (4 if texts else 1 if image else 8) if args.num is None else args.num
     if num < 1:
         raise ValueError(f"--num is {num}; it must be at least 1")
     documents = [prompt for prompt in prompts for _ in range(num)]
     seeds = [args.seed + n for _ in prompts for n in range(num)]
-    drawing = bool(args.prompt)
-    results = generate(
-        trained, documents, seeds, steps=args.steps, sampler=args.sampler, guidance_scale=args.guidance_scale, temperature=args.temperature,
-        top_k=args.top_k, max_tokens=0 if drawing else args.max_tokens, max_images=0 if image and not drawing else 1,
-        
-    )  # fmt: skip
-    out, pictures, captions = Path(args.out), [], []
+    drawing = bool(texts) and not args.free
+    settings = {name: trained.config[name] if getattr(args, name) is None else getattr(args, name) for name in ("steps", "sampler", "guidance_scale")}
+    settings |= {name: getattr(args, name) for name in ("eta", "temperature", "top_k", "top_p")}
+    max_images = (0 if image and not texts else 1) if args.max_images is None else args.max_images
+    terminal = Terminal(" ".join(texts), len(documents) == 1, args.gif)
+    with terminal.bar:
+        results = generate(
+            trained, documents, seeds, **settings, draw=drawing, max_tokens=0 if drawing and max_images < 2 else args.max_tokens,
+            max_images=max_images, max_batch=args.max_batch, on_text=terminal.on_text, on_step=terminal.on_step,
+        )  # fmt: skip
+    show(trained, results, documents, Path(args.out), terminal, [f"checkpoint {ckpt}, seed {seed}, {', '.join(f'{k} {v}' for k, v in settings.items())}" for seed in seeds])
+
+
+def show(trained, results, documents, out, terminal, settings):
+    """Print the documents' text, and write their pictures and what gathers them to the folder `out`."""
+    pictures, captions = [], []
     for n, (document, prompt) in enumerate(zip(results, documents)):
         text = " ".join(part.strip() for part in document if isinstance(part, str)) or "(no text)"
         new = [part for part in document[len(prompt) :] if not isinstance(part, str)]
-        print(f"{n}: {text}" + "".join(f"  [{out / f'{n:03d}.png'}]" for _ in new))
-        for picture in new:
+        paths = [out / (f"{n:03d}_{k}.png" if k else f"{n:03d}.png") for k in range(len(new))]
+        print(("" if terminal.single else f"{n}: {text}") + "".join(f"  [{path}]" for path in paths))
+        for picture, path in zip(new, paths):
             out.mkdir(parents=True, exist_ok=True)
             notes = PngInfo()
             notes.add_text("prompt", text)
-            notes.add_text("settings", f"checkpoint {ckpt}, seed {seeds[n]}, {vars(args)}")
-            picture.save(out / f"{n:03d}.png", pnginfo=notes)
+            notes.add_text("settings", settings[n])
+            picture.save(path, pnginfo=notes)
             pictures.append(picture)
             captions.append(text)
     if len(pictures) > 1:
         contact_sheet(pictures, captions).save(out / "sheet.png")
         print(f"all of them: {out / 'sheet.png'}")
+    if pictures and terminal.keep:
+        save_film(out / "film.gif", [film for n in sorted(terminal.films) for film in terminal.films[n]], captions, trained)
+        print(f"how they came about: {out / 'film.gif'}")
+    if pictures and any(len(document) - len(prompt) > 1 for document, prompt in zip(results, documents)):
+        (out / "page.html").write_text(html_page(results, [len(prompt) for prompt in documents]), encoding="utf-8")
+        print(f"text and pictures in their order: {out / 'page.html'}")
 
 
 if __name__ == "__main__":
