@@ -512,8 +512,8 @@ def read_prompts(path):
 class Terminal:
     """What is seen while documents are written: the text of a single one, a bar for the denoising. Keeps the films."""
 
-    def __init__(self, prompt, single, keep):
-        self.single, self.keep, self.films = single, keep, {}
+    def __init__(self, prompt, single, steps, keep):
+        self.single, self.steps, self.keep, self.films = single, steps, keep, {}
         self.bar = tqdm(desc="denoise", total=0, leave=False)
         if single:
             print(f"0: {prompt}", end=" " if prompt else "", flush=True)
@@ -526,6 +526,7 @@ class Terminal:
         films = self.films.setdefault(number, [])
         if step == 0:
             films.append([])
+            self.bar.total += self.steps
             if self.single:
                 print(flush=True)  # the bar takes the next line
         self.bar.update(step > 0)
@@ -571,7 +572,7 @@ def main(argv=None):
     settings = {name: trained.config[name] if getattr(args, name) is None else getattr(args, name) for name in ("steps", "sampler", "guidance_scale")}
     settings |= {name: getattr(args, name) for name in ("eta", "temperature", "top_k", "top_p")}
     max_images = (0 if image and not texts else 1) if args.max_images is None else args.max_images
-    terminal = Terminal(" ".join(texts), len(documents) == 1, args.gif)
+    terminal = Terminal(" ".join(texts), len(documents) == 1, settings["steps"], args.gif)
     with terminal.bar:
         results = generate(
             trained, documents, seeds, **settings, draw=drawing, max_tokens=0 if drawing and max_images < 2 else args.max_tokens,

@@ -1,8 +1,10 @@
 """sample.py: the cached, batched engine against plain recomputation, its rules, and what people see."""
 
 import base64
+import io
 import os
 import re
+import shutil
 import warnings
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SIDE, picture, tiny_model, tiny_trained
+from conftest import SIDE, picture, run_here, tiny_model, tiny_trained
 from PIL import Image
 
 import sample
@@ -19,6 +21,7 @@ from data import Tokenizer, collate
 from diffusion import DDPM, needs_noise
 from sample import contact_sheet, generate, html_page, newest_checkpoint, pick_tokens
 from train import losses
+from vae import VAE, VAEConfig, save_checkpoint
 
 T = Tokenizer()
 
@@ -290,6 +293,7 @@ def test_without_a_compiler_it_goes_on(talker, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_equals_eager(talker, monkeypatch):
     """And one compilation serves different numbers of rows and lengths of prefixes."""
     compiles = torch._dynamo.utils.counters["stats"]
@@ -477,3 +481,77 @@ def test_newest_checkpoint(tmp_path, monkeypatch):
         (tmp_path / "out" / name / "checkpoint.pt").touch()
         os.utime(tmp_path / "out" / name / "checkpoint.pt", (n % 2, n % 2))
     assert newest_checkpoint().parent.name == "a"
+
+
+def test_page_holds_everything_in_order():
+    one, two = image(1), image(2)
+    page = html_page([["a <b> & c", one, "then", two], [two]], [1, 0])
+    assert "a &lt;b&gt; &amp; c" in page and "<b>" not in page and "http" not in page and "src=" in page
+    shown = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert [np.array(i).tolist() for i in shown] == [np.array(i).tolist() for i in (one, two, two)]
+    kinds = re.findall(r'<(p|img) class="(\w+)"|<(/article)>', page)
+    assert [a + b + c for a, b, c in kinds] == ["pgiven", "imgnew", "pnew", "imgnew", "/article", "imgnew", "/article"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(talker, tmp_path_factory):
+    """The talker in a checkpoint of its own, with a VAE of random weights."""
+    vae = VAE(VAEConfig(channels=8, channel_multiples=(1,), n_res=0, unshuffle=1, latent_channels=3, mid_attention=False))
+    trained = tiny_trained(talker, seq_len=100)
+    trained.config["data"]["image_size"] = SIDE * vae.config.factor
+    path = tmp_path_factory.mktemp("out") / "checkpoint.pt"
+    save_checkpoint(path, {"config": trained.config, "ema": talker.state_dict(), "tokenizer": [], "vae": vae.state_dict(), "vae_config": asdict(vae.config)})
+    return path
+
+
+def run_sample(checkpoint, out, *args):
+    code, printed, err = run_here("sample.py", "--ckpt", checkpoint, "--out", out, *args)
+    assert code == 0, err
+    return printed, sorted(p.name for p in out.iterdir()) if out.exists() else []
+
+
+def test_prompts_from_a_file_and_from_the_line_become_pictures(checkpoint, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dot\n\n  two dots: été 東\n", encoding="utf-8")
+    printed, files = run_sample(checkpoint, tmp_path / "a", "--prompts", tmp_path / "prompts.txt", "--prompt", "no dot", "--num", 1, "--seed", 5, "--sampler", "dpm++",
+                                "--steps", 4, "--guidance_scale", 2)  # fmt: skip
+    assert files == ["000.png", "001.png", "002.png", "sheet.png"]
+    notes = Image.open(tmp_path / "a" / "002.png").info
+    assert notes["prompt"] == "two dots: été 東" and all(word in notes["settings"] for word in ("seed 5", "sampler dpm++", "steps 4", "guidance_scale 2.0", str(checkpoint)))
+    run_sample(checkpoint, tmp_path / "b", "--prompt", "two dots: été 東", "--num", 1, "--seed", 5, "--sampler", "dpm++", "--steps", 4, "--guidance_scale", 2)
+    a, b = (np.array(Image.open(tmp_path / f), int) for f in ("a/002.png", "b/000.png"))
+    assert abs(a - b).max() <= 1  # what stands in the notes draws it again
+
+
+def test_an_instruction_after_a_picture(checkpoint, tmp_path, monkeypatch):
+    """The document is <BOI> picture <EOI> instruction <BOI>, and a picture follows."""
+    image(3).save(tmp_path / "x.png")
+    seen, original = [], Tokenizer.encode
+    monkeypatch.setattr("data.collate", lambda rows, *args: seen.append(rows) or collate(rows, *args))
+    printed, files = run_sample(checkpoint, tmp_path / "out", "--image", tmp_path / "x.png", "--prompt", "make it blue", "--num", 1)
+    assert files == ["000.png"]
+    (prompt,) = seen[0][0]
+    assert [type(part).__name__ for part in prompt] == ["Picture", "list", "list"] and prompt[1:] == [original(T, "make it blue"), [T.boi]]
+
+
+def test_left_alone_it_shows_something(checkpoint, tmp_path):
+    """Texts and pictures as the model likes, on a sheet, a page and a film; the same again with the same seed."""
+    found = [run_sample(checkpoint, tmp_path / name, "--max_images", 2, "--seed", 1, "--top_p", 0.95, "--top_k", 50, "--gif") for name in "ab"]
+    printed, files = found[0]
+    assert {"sheet.png", "page.html", "film.gif", "000.png"} < set(files) and files == found[1][1]
+    assert (tmp_path / "a/page.html").read_text() == (tmp_path / "b/page.html").read_text() and printed.replace("/a/", "/b/") == found[1][0]
+    with Image.open(tmp_path / "a/film.gif") as film, Image.open(tmp_path / "a/sheet.png") as sheet:
+        assert film.n_frames == 4 and film.size == sheet.size  # noise, and three steps
+
+
+def test_text_streams(checkpoint, tmp_path):
+    """A prompt that the model goes on with freely, without pictures."""
+    printed, files = run_sample(checkpoint, tmp_path / "out", "--prompt", "abc", "--free", "--num", 1, "--max_images", 0, "--max_tokens", 6, "--temperature", 1)
+    assert re.fullmatch(r"0: abc [a-h]{1,6}\n", printed) and not files
+
+
+@pytest.mark.parametrize("content, message", [(None, "no such file"), (b"\n \n", "holds no prompt"), (b"\xff\xfe", "not UTF-8")])
+def test_bad_prompt_files(checkpoint, tmp_path, content, message):
+    if content:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    code, _, err = run_here("sample.py", "--ckpt", checkpoint, "--prompts", tmp_path / "prompts.txt")
+    assert code == 1 and "prompts.txt: " in err and message in err and len(err.splitlines()) == 1
