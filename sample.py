@@ -338,7 +338,8 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
     temperature: 0 = greedy; default: 0 after a prompt, 1 from nothing. top_k, top_p: as in `pick_tokens`
     max_tokens, max_images: at most so many new ones per document, which also ends where the trained sequences do
     max_batch: documents in work at a time; as one ends, the next takes its place
-    on_text(number, piece) is called as text is sampled, on_step(number, steps done, x_t) as an image begins and at each step
+    on_text(number, piece) is called as text is sampled, on_step(number, steps done, x_t) as an image begins and after each step,
+        which overwrites that x_t (C, H, W)
     Raises ValueError for an empty prompt, one too long for the sequences that the model was trained on, or an option out of range.
     """
     config, n_patches = trained.config, trained.model.config.n_patches
@@ -510,25 +511,26 @@ def read_prompts(path):
 
 
 class Terminal:
-    """What is seen while documents are written: the text of a single one, a bar for the denoising. Keeps the films."""
+    """What is seen while documents are written: a bar for the denoising and, of a single document, its text. Keeps the films."""
 
-    def __init__(self, prompt, single, steps, keep):
-        self.single, self.steps, self.keep, self.films = single, steps, keep, {}
-        self.bar = tqdm(desc="denoise", total=0, leave=False)
-        if single:
-            print(f"0: {prompt}", end=" " if prompt else "", flush=True)
+    def __init__(self, steps, keep, prefix=None):
+        self.steps, self.keep, self.films, self.bar = steps, keep, {}, None
+        self.prefix = prefix  # printed before the first text; None: no text is
 
     def on_text(self, number, piece):
-        if self.single:
-            print(piece, end="", flush=True)
+        if self.prefix is not None:
+            print(self.prefix + piece, end="", flush=True)
+            self.prefix = ""
 
     def on_step(self, number, step, x_t):
         films = self.films.setdefault(number, [])
         if step == 0:
             films.append([])
-            self.bar.total += self.steps
-            if self.single:
-                print(flush=True)  # the bar takes the next line
+            self.on_text(number, "\n")  # the bar takes the next line
+            if self.bar is None:
+                self.bar = tqdm(desc="denoise", total=self.steps, leave=False)
+            else:
+                self.bar.total += self.steps
         self.bar.update(step > 0)
         if self.keep:
             films[-1].append(x_t.clone())
@@ -558,6 +560,8 @@ def main(argv=None):
     parser.add_argument("--gif", action="store_true", help="also write the denoising as film.gif")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out}: is not a folder")
     ckpt = args.ckpt or newest_checkpoint()
     texts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     trained = load(ckpt, pick_device(args.device))
@@ -572,12 +576,13 @@ def main(argv=None):
     settings = {name: trained.config[name] if getattr(args, name) is None else getattr(args, name) for name in ("steps", "sampler", "guidance_scale")}
     settings |= {name: getattr(args, name) for name in ("eta", "temperature", "top_k", "top_p")}
     max_images = (0 if image and not texts else 1) if args.max_images is None else args.max_images
-    terminal = Terminal(" ".join(texts), len(documents) == 1, settings["steps"], args.gif)
-    with terminal.bar:
-        results = generate(
-            trained, documents, seeds, **settings, draw=drawing, max_tokens=0 if drawing and max_images < 2 else args.max_tokens,
-            max_images=max_images, max_batch=args.max_batch, on_text=terminal.on_text, on_step=terminal.on_step,
-        )  # fmt: skip
+    terminal = Terminal(settings["steps"], args.gif, " ".join(["0:", *texts, ""]) if len(documents) == 1 else None)
+    results = generate(
+        trained, documents, seeds, **settings, draw=drawing, max_tokens=0 if drawing and max_images < 2 else args.max_tokens,
+        max_images=max_images, max_batch=args.max_batch, on_text=terminal.on_text, on_step=terminal.on_step,
+    )  # fmt: skip
+    if terminal.bar:
+        terminal.bar.close()
     show(trained, results, documents, Path(args.out), terminal, [f"checkpoint {ckpt}, seed {seed}, {', '.join(f'{k} {v}' for k, v in settings.items())}" for seed in seeds])
 
 
@@ -588,7 +593,7 @@ def show(trained, results, documents, out, terminal, settings):
         text = " ".join(part.strip() for part in document if isinstance(part, str)) or "(no text)"
         new = [part for part in document[len(prompt) :] if not isinstance(part, str)]
         paths = [out / (f"{n:03d}_{k}.png" if k else f"{n:03d}.png") for k in range(len(new))]
-        print(("" if terminal.single else f"{n}: {text}") + "".join(f"  [{path}]" for path in paths))
+        print(("" if terminal.prefix == "" else f"{n}: {text}") + "".join(f"  [{path}]" for path in paths))
         for picture, path in zip(new, paths):
             out.mkdir(parents=True, exist_ok=True)
             notes = PngInfo()
