@@ -164,7 +164,7 @@ class Decoder:
         self.logits[places] = self.model.head(h[torch.arange(len(rows), device=self.device), last]).float()
         for p, row in zip(places, rows):
             self.rows[p] = row
-            if row.prompt and row.prompt[-1] == [self.tokenizer.boi]:
+            if row.step == 0:
                 self.begin_image(p)
 
     def finish(self, p):
@@ -353,11 +353,12 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
     for document, seed in zip(documents, seeds, strict=True):
         prompt, temper = to_segments(document, trained, draw), (0.0 if document else 1.0) if temperature is None else temperature
         drawing = bool(prompt) and prompt[-1] == [trained.tokenizer.boi]
-        rows.append(Row(len(rows), prompt, torch.Generator().manual_seed(seed), temper, max_tokens, max_images - drawing, length(prompt, n_patches)))
+        generator, position = torch.Generator().manual_seed(seed), length(prompt, n_patches)
+        rows.append(Row(len(rows), prompt, generator, temper, max_tokens, max_images - drawing, position, step=0 if drawing else None))
         limit = config["data"]["seq_len"] - (n_patches + 1 if drawing else 0)
-        if rows[-1].position > limit:
-            raise ValueError(f"the prompt takes {rows[-1].position} positions; at most {limit} fit the model's sequences of {config['data']['seq_len']}")
-    waiting = deque(row for row in rows if row.tokens_left > 0 or row.prompt and row.prompt[-1] == [trained.tokenizer.boi])
+        if position > limit:
+            raise ValueError(f"the prompt takes {position} positions; at most {limit} fit the model's sequences of {config['data']['seq_len']}")
+    waiting = deque(row for row in rows if row.tokens_left > 0 or row.step == 0)
     slots = max((row.position + max(0, max_tokens) + max(1, max_images) * (n_patches + 2) for row in waiting), default=0)
     options = dict(steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, on_text=on_text, on_step=on_step)
     device = next(trained.model.parameters()).device
