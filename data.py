@@ -853,7 +853,7 @@ class Pairs:
             if not file.is_file():
                 raise ValueError(f"{file}: no such file")
         self.table = Table(path, files, records, found, split, seed, max_broken, cache)
-        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(Latents(latents, len(self.rows), image_size) if latents else self.read)  # at most 64 MB of pixels
+        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(Latents(latents, len(self.table.rows), image_size) if latents else self.read)  # at most 64 MB of pixels
 
     def __len__(self):
         return len(self.table)

@@ -5,7 +5,8 @@
 
 Time runs as in the paper: t = 1..T are noisy, t = 0 is the clean image (abar_0 = 1), which is what an image that only
 conditions what follows is shown at. Exports `DiffusionConfig` and `DDPM`, which holds the schedule and does every step
-of arithmetic that involves it, in float32; `guide` is classifier-free guidance. Nothing here knows the network.
+of arithmetic that involves it, in float32; SAMPLERS names the ways back from noise; `guide` is classifier-free guidance.
+Nothing here knows the network.
 """
 
 import math
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+
+
+SAMPLERS = ("ddpm", "ddim", "dpm++")  # ancestral (the paper's), DDIM, and DPM-Solver++(2M) for few steps
 
 
 @dataclass
@@ -37,6 +41,20 @@ def guide(conditional, unconditional, scale):
     return unconditional + scale * (conditional - unconditional)
 
 
+def needs_noise(sampler, eta=0.0):
+    """Does this one of SAMPLERS add noise on the way? Raises ValueError on an unknown one, or an eta outside 0..1."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it must lie between 0 (no noise) and 1 (ancestral)")
+    return sampler == "ddpm" or (sampler == "ddim" and eta > 0)
+
+
+def times(factor, x):
+    """x (N, ...) multiplied by one number, or by one for each of the N."""
+    return torch.tensor(factor, dtype=x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1)) * x
+
+
 class DDPM(nn.Module):
     """The noise schedule and what follows from it. Has no parameters; a module so that `.to(device)` moves its tables."""
 
@@ -49,6 +67,7 @@ class DDPM(nn.Module):
         betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
         abar = np.concatenate([[1.0], np.cumprod(1 - betas)])  # indexed by t: abar[0] = 1 is the clean image
         self.abar = abar  # float64: the steps below need 1 - abar_t / abar_s and sigma_s^2, which cancel in float32 at either end
+        self.log_snr = np.log(abar / np.maximum(1 - abar, 1e-300))  # at t = 0, where it is infinite, very large
         self.register_buffer("alphas_cumprod", torch.tensor(abar[1:], dtype=torch.float32), persistent=False)  # (T,), without t = 0
         self.register_buffer("alpha", torch.tensor(np.sqrt(abar), dtype=torch.float32), persistent=False)  # (T + 1,)
         self.register_buffer("sigma", torch.tensor(np.sqrt(1 - abar), dtype=torch.float32), persistent=False)  # (T + 1,)
@@ -91,6 +110,7 @@ class DDPM(nn.Module):
         return (prediction.float() - target).square().flatten(1).mean(1)
 
     # ---- sampling ----------------------------------------------------------------------------------------------
+    # t, s: one timestep for all N images, or a list or array of N: images may be at different steps of their way.
 
     def eps_and_x_0(self, prediction, x_t, t):
         """Read the network's output as (estimate of the noise, estimate of the clean latents)."""
@@ -100,17 +120,20 @@ class DDPM(nn.Module):
         return alpha * prediction + sigma * x_t, alpha * x_t - sigma * prediction
 
     def schedule(self, steps):
-        """The timesteps visited in `steps` denoising steps: T = t_0 > t_1 > ... > t_steps = 0, evenly spaced.
+        """The timesteps visited in `steps` denoising steps, evenly spaced: first = t_0 > t_1 > ... > t_steps = 0.
 
-        Raises ValueError unless 1 <= steps <= T.
+        The first is T, or for eps-prediction the last t whose alpha_t is at least 0.015 (990 of 1000): its x_0 divides the
+        network's error by alpha_t, which at T is 0.00005, and one such step at T spoils a whole image of few steps.
+        Raises ValueError unless 1 <= steps <= first.
         """
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"{steps} denoising steps; it must be between 1 and {self.timesteps}")
-        return torch.linspace(self.timesteps, 0, steps + 1, dtype=torch.float64).round().long().tolist()
+        first = self.timesteps if self.config.prediction == "v" else int((self.abar >= 0.015**2).nonzero()[0][-1])
+        if not 1 <= steps <= first:
+            raise ValueError(f"{steps} denoising steps; it must be between 1 and {first}")
+        return torch.linspace(first, 0, steps + 1, dtype=torch.float64).round().long().tolist()
 
     def between(self, t, s):
-        """Of a step from t to s < t: alpha_t, sigma_t, alpha_s, sigma_s and beta = 1 - abar_t / abar_s, as Python numbers."""
-        (a, b) = self.abar[t], self.abar[s]
+        """Of a step from t to s < t: alpha_t, sigma_t, alpha_s, sigma_s and beta = 1 - abar_t / abar_s, in float64."""
+        a, b = self.abar[t], self.abar[s]
         return a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5, 1 - a / b
 
     def ddpm_step(self, prediction, x_t, t, s, noise):
@@ -118,32 +141,50 @@ class DDPM(nn.Module):
         x_0, its betas taken between t and s, so that any subset of the 1000 steps can be visited."""
         _, x_0 = self.eps_and_x_0(prediction, x_t, t)
         alpha_t, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
-        mean = (alpha_s * beta * x_0 + alpha_t / alpha_s * sigma_s**2 * x_t) / sigma_t**2
-        return mean + sigma_s / sigma_t * beta**0.5 * noise
+        of_x_0, of_x_t = alpha_s * beta / sigma_t**2, alpha_t / alpha_s * sigma_s**2 / sigma_t**2
+        return times(of_x_0, x_0) + times(of_x_t, x_t) + times(sigma_s / sigma_t * beta**0.5, noise)
 
     def ddim_step(self, prediction, x_t, t, s, noise=None, eta=0.0):
         """One DDIM step from t to s < t (Song et al. 2021, eq. 12 and 16). eta = 0 adds no noise; eta = 1 is ancestral."""
         eps, x_0 = self.eps_and_x_0(prediction, x_t, t)
-        alpha_t, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
+        _, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
         spread = eta * sigma_s / sigma_t * beta**0.5
-        x_s = alpha_s * x_0 + (sigma_s**2 - spread**2) ** 0.5 * eps
-        return x_s if noise is None else x_s + spread * noise
+        x_s = times(alpha_s, x_0) + times((sigma_s**2 - spread**2) ** 0.5, eps)
+        return x_s if noise is None else x_s + times(spread, noise)
 
-    def sample(self, predict, x_T, steps, sampler="ddpm", eta=0.0, noise=torch.randn_like, progress=lambda ts: ts):
-        """Denoise x_T (N, ...) ~ N(0, 1) to x_0 in `steps` calls of `predict(x_t, t) -> prediction`, t an int.
+    def dpm_step(self, prediction, x_t, t, s, t_before=0, x_0_before=None):
+        """One step of DPM-Solver++(2M) from t to s < t (Lu et al. 2022, "DPM-Solver++", algorithm 2): x_0 is extrapolated
+        from this step's estimate and the one at t_before > t. First order, as DDIM, where t_before or s is 0."""
+        _, x_0 = self.eps_and_x_0(prediction, x_t, t)
+        alpha_t, sigma_t, alpha_s, sigma_s, _ = self.between(t, s)
+        second = (np.asarray(t_before) > 0) & (np.asarray(s) > 0)
+        h = np.where(second, self.log_snr[s] - self.log_snr[t], 0) / 2
+        h_before = np.where(second, self.log_snr[t] - self.log_snr[t_before], 2) / 2
+        if second.any():
+            x_0 = x_0 + times(h / (2 * h_before), x_0 - x_0_before)
+        return times(sigma_s / sigma_t, x_t) + times(alpha_s - alpha_t * sigma_s / sigma_t, x_0)
 
-        noise(x) draws what the ancestral sampler adds; progress wraps the list of steps (tqdm fits).
+    def step(self, sampler, prediction, x_t, t, s, noise=None, eta=0.0, t_before=0, x_0_before=None):
+        """One step of one of SAMPLERS, from t to s < t -> x_s and the estimate of x_0 (N, ...).
+
+        noise: like x_t, for those that `needs_noise` names; t_before, x_0_before: of the previous step, 0 = there was none
         """
-        if sampler not in ("ddpm", "ddim"):
-            raise ValueError(f"sampler is {sampler!r}; it must be ddpm or ddim")
-        times = self.schedule(steps)
-        x = x_T
-        for t, s in progress(list(zip(times[:-1], times[1:]))):
-            prediction = predict(x, t).float()
-            if sampler == "ddpm":
-                x = self.ddpm_step(prediction, x, t, s, noise(x))
-            else:
-                x = self.ddim_step(prediction, x, t, s, noise(x) if eta else None, eta)
+        if sampler == "ddpm":
+            x_s = self.ddpm_step(prediction, x_t, t, s, noise)
+        elif sampler == "ddim":
+            x_s = self.ddim_step(prediction, x_t, t, s, noise, eta)
+        else:
+            x_s = self.dpm_step(prediction, x_t, t, s, t_before, x_0_before)
+        return x_s, self.eps_and_x_0(prediction, x_t, t)[1]
+
+    def sample(self, predict, x_T, steps, sampler="ddpm", eta=0.0, noise=torch.randn_like):
+        """Denoise x_T (N, ...) ~ N(0, 1) to x_0 in `steps` calls of `predict(x_t, t) -> prediction`, t an int. noise(x) draws
+        what is added on the way. Raises ValueError on an unknown sampler."""
+        x, x_0, t_before, added = x_T, None, 0, needs_noise(sampler, eta)
+        visited = self.schedule(steps)
+        for t, s in zip(visited, visited[1:]):
+            x, x_0 = self.step(sampler, predict(x, t).float(), x, t, s, noise(x) if added else None, eta, t_before, x_0)
+            t_before = t
         return x
 
 

@@ -187,9 +187,12 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
     def at(self, rows, positions, visible):
-        """rows (R,) or slice; positions (R, n) being written now; visible: attention spans slots 0..visible-1."""
-        self.rows, self.positions, self.visible = rows, positions, visible
-        self.row_index = torch.arange(self.k.shape[1], device=self.k.device)[rows][:, None]
+        """rows: R ints; positions (R, n) being written now; visible: attention spans slots 0..visible-1."""
+        rows = [int(row) for row in rows]
+        self.row_index, self.positions, self.visible = torch.tensor(rows, device=self.k.device)[:, None], positions, visible
+        evenly = slice(rows[0], rows[-1] + 1, rows[1] - rows[0] if len(rows) > 1 else 1)
+        # Evenly spaced rows are looked at where they lie; others are copied together, in every layer of every call.
+        self.rows = evenly if list(range(evenly.start, evenly.stop, evenly.step)) == rows else self.row_index[:, 0]
         return self
 
     def update(self, layer, k, v):

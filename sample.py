@@ -2,29 +2,41 @@
 
     python sample.py --prompt "a red circle at the top left"     a picture of it
     python sample.py --image picture.png                         its caption
+    python sample.py --image picture.png --prompt "make it blue" another picture, after both
     python sample.py                                             the model starts by itself
 
-The rule for a batch of rows in different modes. A row is in text mode until it samples <BOI>, then in image mode until its
-picture is finished, then in text mode again, until it samples <EOS> or has used up its tokens and images. The batch
-alternates: all rows in text mode advance together, one token a call, until none is left in it; then all waiting rows are
-denoised together; and so on until every row is done. Each row has its own cache slots, position and random generator,
-so what it produces does not depend on its neighbours.
+The rule for a batch whose rows are in different modes. A row is in text mode until it samples <BOI>; then in image mode for
+T' denoising steps and one more call at t = 0, which leaves the clean picture's keys and values behind; then in text mode
+again, beginning with an inserted <EOI>; until it samples <EOS>, or has used up its tokens, images or positions, and gives its
+place to the next document that waits. Each round makes TEXT_CALLS calls that give every row in text mode one token each, then
+one denoising call that takes every row in image mode one step further, each from its own t. So no row ever waits for
+another's whole text or picture, only for a few calls: a token is cheap beside a denoising step, and the sooner a row has
+written its text, the more rows share each denoising step. Every row has its own cache rows, position and random generator:
+what it produces does not depend on its neighbours, nor on how calls are shared out.
 
-A denoising step runs only the image's own patches: what came before is in the KV cache, and inside an image everything
-sees everything, so the only mask is the one that hides the unused slots of shorter rows. The guidance branch without a
-caption is the sequence <BOS> <BOI> patches, run as further rows of the same call.
+A denoising step runs only the image's own patches, of the row and of its guidance branch (<BOS> <BOI> patches) in one batch:
+what came before is in the KV cache, and inside an image everything sees everything, so there is no mask, but for the one that
+hides the unused slots of shorter prefixes.
 
-From Python: `generate(load("out/small"), [["a red circle at the top left"], [image], []], seeds=[0, 1, 2])`.
+From Python: `generate(load("out/small"), [["a red circle"], [image, "make it blue"], []], seeds=[0, 1, 2])`.
 """
 
 import argparse
+import base64
 import difflib
+import html
+import io
+import itertools
 import json
 import math
 import sys
+import warnings
+from collections import deque
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -32,7 +44,7 @@ from tqdm import tqdm
 
 from attention_mask import transfusion_mask
 from data import Picture, Tokenizer, collate, fit_image, length, load_image, restore_tokenizer
-from diffusion import DDPM, guide
+from diffusion import DDPM, SAMPLERS, guide, needs_noise
 from model import KVCache, Transfusion, TransfusionConfig
 from vae import VAE, VAEConfig, load_checkpoint, read_json, read_safetensors, write_safetensors
 
@@ -89,152 +101,295 @@ def export(trained, folder):
 
 # ---- The engine -----------------------------------------------------------------------------------------------------
 
+TEXT_CALLS = 8  # tokens that each row in text mode gets between two denoising steps of the others: about as much time
+COMPILE_FROM = 10_000  # image denoising steps, on CUDA: from about here on they repay a minute of compilation
+
 
 @dataclass
 class Row:
-    """One document being written."""
+    """One document, waiting or being written."""
 
+    number: int  # of the document
+    prompt: list  # its segments, as in data.Documents
     generator: torch.Generator  # on the CPU, so that a seed gives the same numbers on every device
     temperature: float
     tokens_left: int
     images_left: int
-    mode: str = "text"  # "text", "image" (waiting to be denoised) or "done"
-    position: int = 0  # of the next token or patch, in the document and in the cache
-    document: list = field(default_factory=list)  # ids and latents, in order
+    position: int  # of the next token or patch, in the document and in the cache
+    step: int | None = None  # denoising steps done; None = in text mode
+    after_image: bool = False  # <EOI> comes next
+    new: list = field(default_factory=list)  # ids and latents, in order
+    said: int = 0  # characters of the current text that were reported
+
+
+class Decoder:
+    """The places of a batch, the rows in them, and the three calls of the model that move these on: the prompts of new rows,
+    a token for each row in text mode, a denoising step for each row in image mode."""
+
+    def __init__(self, trained, places, slots, pictures, *, steps, sampler, eta, guidance_scale, top_k, top_p, on_text, on_step):
+        self.trained, self.model, self.tokenizer = trained, trained.model, trained.tokenizer
+        c, self.device = self.model.config, next(self.model.parameters()).device
+        self.sampler, self.eta, self.noisy = sampler, eta, needs_noise(sampler, eta)
+        self.guidance_scale, self.top_k, self.top_p, self.on_text, self.on_step = guidance_scale, top_k, top_p, on_text, on_step
+        self.n_patches, self.shape, self.limit = c.n_patches, (c.latent_channels, c.latent_size, c.latent_size), trained.config["data"]["seq_len"]
+        self.times, self.steps = np.array(trained.ddpm.schedule(steps) + [0]), steps  # the last: once more, clean
+        self.rows = [None] * places
+        self.logits = torch.zeros(places, c.vocab_size, device=self.device)  # of each row's next token
+        self.x, self.x_0 = torch.zeros(2, places, *self.shape, device=self.device)  # x_t, and the last step's estimate of x_0
+        self.compiled = self.compiles(pictures * steps)
+        self.branches = 1 if guidance_scale == 1.0 else 2  # cache rows of each place: the row's, its guidance branch's
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.cache = KVCache(c, self.branches * places, max(slots, 2 + c.n_patches), self.device, dtype)
+        if self.branches == 2:
+            start = self.embed([[self.tokenizer.bos, self.tokenizer.boi]] * places)
+            self.run(start, range(1, 2 * places, 2), [0] * places, torch.ones(2, 2, dtype=torch.bool, device=self.device).tril())
+
+    def compiles(self, image_steps):
+        """Does it pay to compile the denoising step?"""
+        return self.device.type == "cuda" and image_steps >= COMPILE_FROM
+
+    def embed(self, tokens):
+        return self.model.embedding(torch.tensor(tokens, device=self.device))
+
+    def place(self, rows, starts, n):
+        """Have the cache take n new positions of each of these cache rows -> the positions (R, n), and the mask that hides what
+        other rows alone have reached: None if they have all come equally far."""
+        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(n, device=self.device)
+        visible = max(starts) + n
+        self.cache.at(rows, positions, visible)
+        hidden = min(starts) < max(starts)
+        return positions, (torch.arange(visible, device=self.device) <= positions[:, -1:])[:, None, None] if hidden else None
+
+    def run(self, h, rows, starts, mask=None):
+        """New tokens h (R, n, dim) of these cache rows through the trunk. mask: if not the one that `place` finds."""
+        positions, hiding = self.place(rows, starts, h.shape[1])
+        return self.model.trunk(h, positions, hiding if mask is None else mask, self.cache)
+
+    # ---- prompts ----
+
+    def admit(self, waiting):
+        """Move rows from the queue to the free places, their prompts, padded on the right, through the model in one call."""
+        places = [p for p, row in enumerate(self.rows) if row is None][: len(waiting)]
+        if not places:
+            return
+        rows = [waiting.popleft() for _ in places]
+        batch = collate([[row.prompt] for row in rows], self.tokenizer, max(row.position for row in rows), self.n_patches).to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            x_0 = self.trained.vae.encode(batch.images) if len(batch.images) else torch.zeros(0, *self.shape, device=self.device)
+        h, _ = self.model.embed(batch.tokens, batch.image_id, x_0, torch.zeros(len(x_0), dtype=torch.long, device=self.device))
+        # Padding comes last, so nothing looks at it; rows of text alone share one mask.
+        mask = transfusion_mask(batch.image_id if len(x_0) else batch.image_id[:1])
+        h = self.run(h, [self.branches * p for p in places], [0] * len(rows), mask)
+        last = torch.tensor([row.position - 1 for row in rows], device=self.device)
+        self.logits[places] = self.model.head(h[torch.arange(len(rows), device=self.device), last]).float()
+        for p, row in zip(places, rows):
+            self.rows[p] = row
+            if row.step == 0:
+                self.begin_image(p)
+
+    def finish(self, p):
+        self.say(self.rows[p], everything=True)
+        self.rows[p] = None
+
+    # ---- text mode ----
+
+    def text_step(self):
+        """One token for each row in text mode."""
+        places = [p for p, row in enumerate(self.rows) if row and row.step is None]
+        places, tokens = self.accept(places, self.sample_tokens(places)) if places else ([], [])
+        if not places:
+            return
+        rows = [self.rows[p] for p in places]
+        h = self.run(self.embed(tokens)[:, None], [self.branches * p for p in places], [row.position for row in rows])
+        self.logits[places] = self.model.head(h[:, 0]).float()
+        for p, row, token in zip(places, rows, tokens):
+            row.position += 1
+            row.after_image = False
+            if token == self.tokenizer.boi:
+                row.images_left -= 1
+                self.begin_image(p)
+
+    def sample_tokens(self, places):
+        """The next token of each of these rows. <EOI> is inserted, <BOS> and padding never occur, <BOI> only if an image is left."""
+        t, rows = self.tokenizer, [self.rows[p] for p in places]
+        logits = self.logits[places]
+        logits[:, [t.bos, t.eoi, t.pad]] = -torch.inf
+        full = [row.images_left <= 0 or row.position + 1 + self.n_patches > self.limit for row in rows]
+        logits[torch.tensor(full, device=self.device), t.boi] = -torch.inf
+        temperature = torch.tensor([row.temperature for row in rows])
+        u = torch.stack([torch.zeros(()) if row.temperature == 0 or row.after_image else torch.rand((), generator=row.generator) for row in rows])
+        tokens = pick_tokens(logits, temperature.to(self.device), u.to(self.device), self.top_k, self.top_p).tolist()
+        return [t.eoi if row.after_image else token for row, token in zip(rows, tokens)]
+
+    def accept(self, places, tokens):
+        """Note the new tokens and close the rows that end with them -> (places, tokens) of those that go on."""
+        going_on = []
+        for p, token in zip(places, tokens):
+            row = self.rows[p]
+            if token not in (self.tokenizer.eos, self.tokenizer.boi, self.tokenizer.eoi):
+                row.new.append(token)
+                row.tokens_left -= 1
+                self.say(row)
+            if token == self.tokenizer.eos or (row.tokens_left <= 0 and token != self.tokenizer.boi) or row.position >= self.limit:
+                self.finish(p)
+            else:
+                going_on.append((p, token))
+        return [p for p, _ in going_on], [token for _, token in going_on]
+
+    def say(self, row, everything=False):
+        """Report text that was not reported yet; a character that is still incomplete waits for its other bytes."""
+        if not self.on_text:
+            return
+        ids = list(itertools.takewhile(lambda item: isinstance(item, int), reversed(row.new)))[::-1]
+        text = self.tokenizer.decode(ids)
+        if len(text) > row.said and (everything or not text.endswith("\ufffd")):
+            self.on_text(row.number, text[row.said :])
+            row.said = len(text)
+
+    # ---- image mode ----
+
+    def noise(self, rows):
+        return torch.stack([torch.randn(self.shape, generator=row.generator) for row in rows]).to(self.device)
+
+    def begin_image(self, p):
+        row = self.rows[p]
+        self.say(row, everything=True)
+        row.step, row.said = 0, 0
+        self.x[p] = self.noise([row])[0]
+        if self.on_step:
+            self.on_step(row.number, 0, self.x[p])
+
+    def image_step(self):
+        """One denoising step for each row in image mode; for those that have made them all, the call that leaves the clean
+        picture's keys and values."""
+        places = [p for p, row in enumerate(self.rows) if row and row.step is not None]
+        if not places:
+            return
+        step = np.array([self.rows[p].step for p in places])
+        t, going_on = self.times[step], step < self.steps
+        guided = self.branches == 2 and going_on.any()
+        rows, starts, branches = [], [], 2 if guided else 1
+        for p in places:
+            rows += [self.branches * p, 2 * p + 1][:branches]
+            starts += [self.rows[p].position, 2][:branches]
+        positions, mask = self.place(rows, starts, self.n_patches)
+        if self.compiled and len(rows) < self.cache.k.shape[1]:
+            self.cache.rows = self.cache.row_index[:, 0]  # a slice would be compiled in, and every other one compiled again
+        prediction = self.denoise(self.x[places].repeat_interleave(branches, 0), torch.tensor(t, device=self.device).repeat_interleave(branches), positions, mask)
+        if guided:
+            prediction = guide(prediction[0::2], prediction[1::2], self.guidance_scale)
+        if going_on.any():
+            going, step, t = [p for p, on in zip(places, going_on) if on], step[going_on], t[going_on]
+            noise = self.noise([self.rows[p] for p in going]) if self.noisy else None
+            t_before = np.where(step > 0, self.times[step - 1], 0)
+            self.x[going], self.x_0[going] = self.trained.ddpm.step(
+                self.sampler, prediction[going_on], self.x[going], t, self.times[step + 1], noise, self.eta, t_before, self.x_0[going]
+            )
+        for p in places:
+            self.advance(p)
+
+    def advance(self, p):
+        """Note that a row has made a denoising step, or left its clean picture behind."""
+        row = self.rows[p]
+        row.step += 1
+        if row.step > self.steps:
+            row.position += self.n_patches
+            row.step, row.after_image = None, True
+            return
+        if self.on_step:
+            self.on_step(row.number, row.step, self.x[p])
+        if row.step == self.steps:
+            row.new.append(self.x[p].clone())
+            if row.tokens_left <= 0 or row.position + self.n_patches >= self.limit:  # nothing follows that could see it
+                self.finish(p)
+
+    def denoise(self, *inputs):
+        if self.compiled:
+            try:
+                return compiled_denoise()(self.model, self.cache, *inputs)
+            except Exception as error:  # of many kinds: no C++ compiler, no Triton, a GPU that it does not know
+                warnings.warn(f"going on without torch.compile ({type(error).__name__})", stacklevel=2)
+                self.compiled = False
+        return denoise(self.model, self.cache, *inputs)
+
+
+def denoise(model, cache, x, t, positions, mask):
+    """What the model predicts for the images x (N, C, H, W) at timesteps t (N,), given what is in the cache -> (N, C, H, W)."""
+    h = model.patches.encode(x, t)
+    return model.patches.decode(model.trunk(h, positions, mask, cache)).float()
+
+
+@cache
+def compiled_denoise():
+    """One compilation for all numbers of rows and lengths of prefixes."""
+    return torch.compile(denoise, dynamic=True)
+
+
+def pick_tokens(logits, temperature, u, top_k=0, top_p=1.0):
+    """Sample a token from each row of logits (R, vocab): temperature (R,), 0 = the likeliest; u (R,), uniform in [0, 1), decides.
+
+    top_k: only among the k likeliest, 0 = all; top_p: only among the likeliest that together have at least this probability
+    (Holtzman et al. 2020), after top_k.
+    """
+    greedy = logits.argmax(-1)
+    logits = logits / torch.where(temperature == 0, 1, temperature)[:, None]
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p < 1:
+        descending = probabilities.sort(descending=True).values
+        likelier = descending.cumsum(-1) - descending  # the probability of all those before
+        least = descending.masked_fill(likelier >= top_p, torch.inf).amin(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
+    cumulative = probabilities.cumsum(-1)
+    # 1 - u lies in (0, 1]: so the first token to reach it has a probability above 0, and there always is one.
+    drawn = torch.searchsorted(cumulative, (1 - u)[:, None] * cumulative[:, -1:])[:, 0]
+    return torch.where(temperature == 0, greedy, drawn)
 
 
 @torch.inference_mode()
 def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=None, eta=0.0, guidance_scale=None, temperature=None,
-             top_k=0, max_tokens=256, max_images=1, progress=lambda ts: ts, on_text=lambda row, text: None):  # fmt: skip
+             top_k=0, top_p=1.0, max_tokens=256, max_images=1, max_batch=64, on_text=None, on_step=None):  # fmt: skip
     """Continue documents, each a list of strings and PIL images ([] = from nothing) -> list of documents, prompts included.
 
     seeds: one per document (default 0, 1, ...); a row's output depends on its own seed and prompt only
     draw: a document that ends in text goes on with an image at once; False lets the model decide when to draw
-    steps, sampler, guidance_scale: of the denoising; default: as in the training run
-    temperature: 0 = greedy; default: 0 after a prompt, 1 from nothing. top_k: 0 = all tokens
-    max_tokens, max_images: at most so many new ones per document
-    progress: wraps the denoising steps (tqdm fits); on_text(row, piece) is called as text is sampled
-    Raises ValueError for an empty prompt, or one too long for the sequences that the model was trained on.
+    steps, sampler, guidance_scale: of the denoising; default: as in the training run. eta: of DDIM, 0 = no added noise
+    temperature: 0 = greedy; default: 0 after a prompt, 1 from nothing. top_k, top_p: as in `pick_tokens`
+    max_tokens, max_images: at most so many new ones per document, which also ends where the trained sequences do
+    max_batch: documents in work at a time; as one ends, the next takes its place
+    on_text(number, piece) is called as text is sampled, on_step(number, steps done, x_t) as an image begins and after each step,
+        which overwrites that x_t (C, H, W)
+    Raises ValueError for an empty prompt, one too long for the sequences that the model was trained on, or an option out of range.
     """
-    model, tokenizer, ddpm, config = trained.model, trained.tokenizer, trained.ddpm, trained.config
+    config, n_patches = trained.config, trained.model.config.n_patches
     steps, sampler = config["steps"] if steps is None else steps, sampler or config["sampler"]
     guidance_scale = config["guidance_scale"] if guidance_scale is None else guidance_scale
-    device, n_patches = next(model.parameters()).device, model.config.n_patches
-    shape = model.config.latent_channels, model.config.latent_size, model.config.latent_size
-    if not documents:
-        return []
+    for name, value, least, most in (("temperature", temperature, 0, math.inf), ("top_k", top_k, 0, math.inf), ("top_p", top_p, 1e-9, 1), ("max_batch", max_batch, 1, math.inf)):
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{name} is {value}; it must " + ("be above 0 and at most 1" if name == "top_p" else f"be at least {least}"))
     seeds = list(range(len(documents))) if seeds is None else list(seeds)
-
-    # Prompts -> rows, padded on the right, through the model in one call.
-    prompts = [to_segments(document, trained, draw) for document in documents]
     rows = []
-    for document, prompt, seed in zip(documents, prompts, seeds, strict=True):
-        temper = (0.0 if document else 1.0) if temperature is None else temperature
-        row = Row(torch.Generator().manual_seed(seed), temper, max_tokens, max_images, position=length(prompt, n_patches))
-        if prompt and prompt[-1] == [tokenizer.boi]:
-            row.mode, row.images_left = "image", max_images - 1
-        elif max_tokens <= 0:
-            row.mode = "done"
-        rows.append(row)
-    longest = max(row.position for row in rows)
-    limit = config["data"]["seq_len"] - (n_patches + 1 if draw else 0)
-    if longest > limit:
-        raise ValueError(f"the prompt takes {longest} positions; at most {limit} fit the model's sequences of {config['data']['seq_len']}")
-    batch = collate([[prompt] for prompt in prompts], tokenizer, longest, n_patches).to(device)
-    capacity = max(longest, 2) + max_tokens + max_images * (n_patches + 2)
-    cache = KVCache(model.config, 2 * len(rows), capacity, device)  # rows, then their guidance branches
-
-    def run(h, indices, positions, mask, visible):
-        """New positions of some cache rows through the trunk. indices (R,), positions (R, n), visible: slots in use."""
-        return model.trunk(h, positions, mask, cache.at(indices, positions, visible))
-
-    x_0 = trained.vae.encode(batch.images) if len(batch.images) else torch.zeros(0, *shape, device=device)
-    h, _ = model.embed(batch.tokens, batch.image_id, x_0, torch.zeros(len(x_0), dtype=torch.long, device=device))
-    everyone = torch.arange(len(rows), device=device)
-    positions = torch.arange(longest, device=device).expand(len(rows), -1)
-    h = run(h, everyone, positions, transfusion_mask(batch.image_id, batch.doc_id), longest)
-    last = torch.tensor([row.position - 1 for row in rows], device=device)
-    logits = model.head(h[everyone, last]).float()  # (rows, vocab): for each row, of what comes next
-    start = torch.tensor([[tokenizer.bos, tokenizer.boi]], device=device).expand(len(rows), -1)
-    causal = torch.ones(2, 2, dtype=torch.bool, device=device).tril()
-    run(model.embedding(start), len(rows) + everyone, torch.arange(2, device=device).expand(len(rows), -1), causal, 2)
-
-    def text_step(active):
-        """One token for each of these rows."""
-        forward, tokens = [], []
-        for i in active:
-            row = rows[i]
-            token = pick_token(logits[i].cpu(), row, tokenizer, top_k)
-            if token == tokenizer.eos:
-                row.mode = "done"
-                continue
-            if token == tokenizer.boi:
-                row.mode, row.images_left = "image", row.images_left - 1
-            else:
-                row.document.append(token)
-                row.tokens_left -= 1
-                on_text(i, tokenizer.decode([token]))
-                if row.tokens_left <= 0:
-                    row.mode = "done"
-                    continue
-            forward.append(i)
-            tokens.append([token])
-        if forward:
-            indices = torch.tensor(forward, device=device)
-            positions = torch.tensor([[rows[i].position] for i in forward], device=device)
-            visible = int(max(rows[i].position for i in forward)) + 1
-            mask = (torch.arange(visible, device=device) <= positions)[:, None, None]
-            h = run(model.embedding(torch.tensor(tokens, device=device)), indices, positions, mask, visible)
-            logits[indices] = model.head(h[:, 0]).float()
-            for i in forward:
-                rows[i].position += 1
-
-    def image_step(active):
-        """One picture for each of these rows."""
-        indices = torch.tensor(active, device=device)
-        first = torch.tensor([rows[i].position for i in active], device=device)[:, None]
-        noise = lambda _=None: torch.stack([torch.randn(shape, generator=rows[i].generator) for i in active]).to(device)
-        guided = guidance_scale != 1.0
-        who = torch.cat([indices, len(rows) + indices]) if guided else indices
-        begin = torch.cat([first, torch.full_like(first, 2)]) if guided else first
-        positions = begin + torch.arange(n_patches, device=device)
-        visible = int(begin.max()) + n_patches
-        mask = (torch.arange(visible, device=device) < begin + n_patches)[:, None, None]
-        mask = None if mask.all() else mask
-
-        def predict(x, t):
-            x = torch.cat([x, x]) if guided else x
-            h = model.patches.encode(x, torch.full((len(x),), t, device=device))
-            prediction = model.patches.decode(run(h, who, positions, mask, visible)).float()
-            return guide(*prediction.chunk(2), guidance_scale) if guided else prediction
-
-        x_0 = ddpm.sample(predict, noise(), steps, sampler, eta, noise, progress)
-        for i, latents in zip(active, x_0):
-            rows[i].document.append(latents)
-            rows[i].position += n_patches
-            if rows[i].tokens_left <= 0:
-                rows[i].mode = "done"
-        # What follows sees the finished image, clean (t = 0), and <EOI>.
-        going_on = [n for n, i in enumerate(active) if rows[i].mode != "done"]
-        if going_on:
-            indices, first, x_0 = indices[going_on], first[going_on], x_0[going_on]
-            eoi = model.embedding(torch.full((len(indices), 1), tokenizer.eoi, device=device))
-            h = torch.cat([model.patches.encode(x_0, torch.zeros(len(x_0), device=device)), eoi], dim=1)
-            positions = first + torch.arange(n_patches + 1, device=device)
-            visible = int(positions.max()) + 1
-            last_seen = torch.cat([positions[:, -2:-1].expand(-1, n_patches), positions[:, -1:]], dim=1)
-            mask = torch.arange(visible, device=device) <= last_seen[:, None, :, None]
-            logits[indices] = model.head(run(h, indices, positions, mask, visible)[:, -1]).float()
-            for n in going_on:
-                rows[active[n]].position += 1
-                rows[active[n]].mode = "text"
-
-    while any(row.mode != "done" for row in rows):
-        while active := [i for i, row in enumerate(rows) if row.mode == "text"]:
-            text_step(active)
-        if active := [i for i, row in enumerate(rows) if row.mode == "image"]:
-            image_step(active)
-    return [document + to_document(row.document, trained) for document, row in zip(documents, rows)]
+    for document, seed in zip(documents, seeds, strict=True):
+        prompt, temper = to_segments(document, trained, draw), (0.0 if document else 1.0) if temperature is None else temperature
+        drawing = bool(prompt) and prompt[-1] == [trained.tokenizer.boi]
+        generator, position = torch.Generator().manual_seed(seed), length(prompt, n_patches)
+        rows.append(Row(len(rows), prompt, generator, temper, max_tokens, max_images - drawing, position, step=0 if drawing else None))
+        limit = config["data"]["seq_len"] - (n_patches + 1 if drawing else 0)
+        if position > limit:
+            raise ValueError(f"the prompt takes {position} positions; at most {limit} fit the model's sequences of {config['data']['seq_len']}")
+    waiting = deque(row for row in rows if row.tokens_left > 0 or row.step == 0)
+    slots = max((row.position + max(0, max_tokens) + max(1, max_images) * (n_patches + 2) for row in waiting), default=0)
+    options = dict(steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, on_text=on_text, on_step=on_step)
+    device = next(trained.model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        decoder = Decoder(trained, min(max_batch, max(1, len(waiting))), min(slots, config["data"]["seq_len"]), max_images * len(waiting), **options)
+        while waiting or any(decoder.rows):
+            for _ in range(TEXT_CALLS):
+                decoder.admit(waiting)
+                decoder.text_step()
+            decoder.image_step()
+    return [document + to_document(row.new, trained) for document, row in zip(documents, rows)]
 
 
 def to_segments(document, trained, draw):
@@ -253,6 +408,12 @@ def to_segments(document, trained, draw):
     return segments
 
 
+def to_picture(latents, trained):
+    """Latents (C, H, W) -> PIL image."""
+    pixels = trained.vae.decode(latents[None])[0]
+    return Image.fromarray(((pixels + 1) * 127.5).round().byte().movedim(0, -1).cpu().numpy())
+
+
 def to_document(generated, trained):
     """Ids and latents -> strings and PIL images."""
     document, ids = [], []
@@ -264,20 +425,8 @@ def to_document(generated, trained):
             document.append(trained.tokenizer.decode(ids))
             ids = []
         if item is not None:
-            pixels = trained.vae.decode(item[None])[0]
-            document.append(Image.fromarray(((pixels + 1) * 127.5).round().byte().movedim(0, -1).cpu().numpy()))
+            document.append(to_picture(item, trained))
     return document
-
-
-def pick_token(logits, row, tokenizer, top_k):
-    """Sample the next token of a row from logits (vocab,). <EOI>, <BOS> and padding are never sampled."""
-    banned = [tokenizer.bos, tokenizer.eoi, tokenizer.pad] + ([tokenizer.boi] if row.images_left <= 0 else [])
-    logits[banned] = -torch.inf
-    if row.temperature == 0:
-        return int(logits.argmax())
-    if top_k:
-        logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
-    return int(torch.multinomial((logits / row.temperature).softmax(-1), 1, generator=row.generator))
 
 
 # ---- What people see ------------------------------------------------------------------------------------------------
@@ -307,6 +456,33 @@ def contact_sheet(images, captions, columns=None, side=128):
         for k, words in enumerate(text):
             draw.text((x, y + side + 4 + k * line), words, fill=(40, 40, 40), font=font)
     return sheet
+
+
+def html_page(documents, given):
+    """Documents as one self-contained HTML page -> str. given: how many parts of each were the prompt's (shown in grey)."""
+    parts = []
+    for document, n in zip(documents, given):
+        parts.append("<article>")
+        for i, part in enumerate(document):
+            kind = "given" if i < n else "new"
+            if isinstance(part, str):
+                parts.append(f'<p class="{kind}">{html.escape(part.strip())}</p>')
+                continue
+            file = io.BytesIO()
+            part.save(file, "PNG")
+            parts.append(f'<img class="{kind}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" alt="">')
+        parts.append("</article>")
+    style = ("body { font: 16px/1.5 system-ui, sans-serif; max-width: 40em; margin: 2em auto; padding: 0 1em } .given { color: #888 } "
+             "article { border-bottom: 1px solid #ddd; padding: 1em 0 } img { width: 256px; max-width: 100%; image-rendering: pixelated }")  # fmt: skip
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Transfusion</title><style>{style}</style><body>{"".join(parts)}</body></html>\n'
+
+
+def save_film(path, films, captions, trained, frames=40):
+    """The denoising as an animated GIF of contact sheets. films: for each picture, its latents x_t from noise to the end."""
+    steps = len(films[0]) - 1
+    shown = sorted({round(n * steps / min(frames, steps)) for n in range(min(frames, steps) + 1)})
+    sheets = [contact_sheet([to_picture(film[n], trained) for film in films], captions) for n in shown]
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=[80] * (len(sheets) - 1) + [2000], loop=0)
 
 
 class Parser(argparse.ArgumentParser):
@@ -342,58 +518,124 @@ def newest_checkpoint():
     return found[-1]
 
 
+def read_prompts(path):
+    """The lines of a text file, without the empty ones. Raises ValueError, naming the file."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8 text") from None
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt; write one a line")
+    return prompts
+
+
+class Terminal:
+    """What is seen while documents are written: a bar for the denoising and, of a single document, its text. Keeps the films."""
+
+    def __init__(self, steps, keep, prefix=None):
+        self.steps, self.keep, self.films, self.bar = steps, keep, {}, None
+        self.prefix = prefix  # printed before the first text; None: no text is
+
+    def on_text(self, number, piece):
+        if self.prefix is not None:
+            print(self.prefix + piece, end="", flush=True)
+            self.prefix = ""
+
+    def on_step(self, number, step, x_t):
+        films = self.films.setdefault(number, [])
+        if step == 0:
+            films.append([])
+            self.on_text(number, "\n")  # the bar takes the next line
+            if self.bar is None:
+                self.bar = tqdm(desc="denoise", total=self.steps, leave=False)
+            else:
+                self.bar.total += self.steps
+        self.bar.update(step > 0)
+        if self.keep:
+            films[-1].append(x_t.clone())
+
+
 def main(argv=None):
     """The command line."""
     parser = Parser(description="Sample from a checkpoint of train.py.", allow_abbrev=False)
     parser.add_argument("--ckpt", help="checkpoint or a run's folder (default: the newest under out/)")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    parser.add_argument("--image", help="picture to caption (or, with --prompt, what precedes the prompt)")
-    parser.add_argument("--num", type=int, help="samples per prompt (default 4; 1 for captions)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompts", metavar="FILE", help="a text file with a prompt a line")
+    parser.add_argument("--image", help="picture to caption (or, with --prompt, what precedes the prompt: an instruction)")
+    parser.add_argument("--free", action="store_true", help="let the model decide when to draw, instead of drawing each prompt at once")
+    parser.add_argument("--num", type=int, help="samples per prompt (default 4; 1 for captions; 8 without a prompt)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample of each prompt (default 0); the next ones count on")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the preset's)")
-    parser.add_argument("--sampler", choices=("ddpm", "ddim"), help="(default: the preset's)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="(default: the preset's)")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds, 0 to 1 (default 0)")
     parser.add_argument("--guidance_scale", type=float, help="1 = none (default: the preset's)")
     parser.add_argument("--temperature", type=float, help="of the text; 0 = greedy (default: 0 after a prompt, else 1)")
     parser.add_argument("--top_k", type=int, default=0, help="sample text among the k likeliest tokens; 0 = all")
-    parser.add_argument("--max_tokens", type=int, default=64, help="at most so much new text")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample text among the likeliest tokens that together have this probability")
+    parser.add_argument("--max_tokens", type=int, default=64, help="at most so much new text per document (default 64)")
+    parser.add_argument("--max_images", type=int, help="at most so many new pictures per document (default 1; 0 for captions)")
+    parser.add_argument("--max_batch", type=int, default=64, help="documents in work at a time (default 64)")
     parser.add_argument("--out", default="out/samples", help="folder for the pictures (default out/samples)")
     parser.add_argument("--export", metavar="FOLDER", help="write the model there as safetensors and JSON, and stop; --ckpt FOLDER reads it back")
+    parser.add_argument("--gif", action="store_true", help="also write the denoising as film.gif")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out}: is not a folder")
     ckpt = args.ckpt or newest_checkpoint()
+    texts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     trained = load(ckpt, pick_device(args.device))
     if args.export:
         export(trained, args.export)
         return print(f"wrote {args.export}: config.json, model.safetensors, vae.safetensors")
     image = [Image.fromarray(load_image(args.image, trained.config["data"]["image_size"]))] if args.image else []
-    prompts = [[*image, prompt] for prompt in args.prompt] or [image]
-    num = (1 if image and not args.prompt else 4) if args.num is None else args.num
+    prompts = [[*image, text] for text in texts] or [image]
+    num = (4 if texts else 1 if image else 8) if args.num is None else args.num
     if num < 1:
         raise ValueError(f"--num is {num}; it must be at least 1")
     documents = [prompt for prompt in prompts for _ in range(num)]
     seeds = [args.seed + n for _ in prompts for n in range(num)]
-    drawing = bool(args.prompt)
+    drawing = bool(texts) and not args.free
+    settings = {name: trained.config[name] if getattr(args, name) is None else getattr(args, name) for name in ("steps", "sampler", "guidance_scale")}
+    settings |= {name: getattr(args, name) for name in ("eta", "temperature", "top_k", "top_p")}
+    max_images = (0 if image and not texts else 1) if args.max_images is None else args.max_images
+    terminal = Terminal(settings["steps"], args.gif, " ".join(["0:", *texts, ""]) if len(documents) == 1 else None)
     results = generate(
-        trained, documents, seeds, steps=args.steps, sampler=args.sampler, guidance_scale=args.guidance_scale, temperature=args.temperature,
-        top_k=args.top_k, max_tokens=0 if drawing else args.max_tokens, max_images=0 if image and not drawing else 1,
-        progress=lambda steps: tqdm(steps, desc="denoise", leave=False),
+        trained, documents, seeds, **settings, draw=drawing, max_tokens=0 if drawing and max_images < 2 else args.max_tokens,
+        max_images=max_images, max_batch=args.max_batch, on_text=terminal.on_text, on_step=terminal.on_step,
     )  # fmt: skip
-    out, pictures, captions = Path(args.out), [], []
+    if terminal.bar:
+        terminal.bar.close()
+    show(trained, results, documents, Path(args.out), terminal, [f"checkpoint {ckpt}, seed {seed}, {', '.join(f'{k} {v}' for k, v in settings.items())}" for seed in seeds])
+
+
+def show(trained, results, documents, out, terminal, settings):
+    """Print the documents' text, and write their pictures and what gathers them to the folder `out`."""
+    pictures, captions = [], []
     for n, (document, prompt) in enumerate(zip(results, documents)):
         text = " ".join(part.strip() for part in document if isinstance(part, str)) or "(no text)"
         new = [part for part in document[len(prompt) :] if not isinstance(part, str)]
-        print(f"{n}: {text}" + "".join(f"  [{out / f'{n:03d}.png'}]" for _ in new))
-        for picture in new:
+        paths = [out / (f"{n:03d}_{k}.png" if k else f"{n:03d}.png") for k in range(len(new))]
+        print(("" if terminal.prefix == "" else f"{n}: {text}") + "".join(f"  [{path}]" for path in paths))
+        for picture, path in zip(new, paths):
             out.mkdir(parents=True, exist_ok=True)
             notes = PngInfo()
             notes.add_text("prompt", text)
-            notes.add_text("settings", f"checkpoint {ckpt}, seed {seeds[n]}, {vars(args)}")
-            picture.save(out / f"{n:03d}.png", pnginfo=notes)
+            notes.add_text("settings", settings[n])
+            picture.save(path, pnginfo=notes)
             pictures.append(picture)
             captions.append(text)
     if len(pictures) > 1:
         contact_sheet(pictures, captions).save(out / "sheet.png")
         print(f"all of them: {out / 'sheet.png'}")
+    if pictures and terminal.keep:
+        save_film(out / "film.gif", [film for n in sorted(terminal.films) for film in terminal.films[n]], captions, trained)
+        print(f"how they came about: {out / 'film.gif'}")
+    if pictures and any(len(document) - len(prompt) > 1 for document, prompt in zip(results, documents)):
+        (out / "page.html").write_text(html_page(results, [len(prompt) for prompt in documents]), encoding="utf-8")
+        print(f"text and pictures in their order: {out / 'page.html'}")
 
 
 if __name__ == "__main__":

@@ -320,7 +320,7 @@ def write_latents(vae, sources, folder, shard=4096, batch=32):
     for number, pairs in enumerate(sources):
         place = Path(folder) / str(number)
         place.mkdir(parents=True, exist_ok=True)
-        side, total = pairs.image_size // vae.config.factor, len(pairs.rows)
+        side, total = pairs.image_size // vae.config.factor, len(pairs.table.rows)
         index = {"pictures": total, "shard": shard, "image_size": pairs.image_size, "vae": fingerprint(vae)}
         if (place / "index.json").exists() and read_json(place / "index.json") != index:
             raise ValueError(f"{place}: holds latents of other pictures or of another VAE; name an empty folder")

@@ -1,15 +1,19 @@
-"""Benchmarks, as tables. Machines are noisy: what is compared is run in alternation in one process, and medians are printed.
+"""What things cost. Everything that is compared is timed in alternation in one process, so that what else the machine does falls
+on all alike; medians are printed, and ratios of medians.
 
-    python tests/bench.py training [--peer] [--only small medium]   tokens/s on the small and the medium work, against a bare Llama stack
-    python tests/bench.py sizes [--only 0.16b 0.37b] [--rows N]     a GPU: tokens/s, MFU and memory by size and by switch
-    python tests/bench.py attention [--device cuda]                 what the hybrid mask costs beside plain causal attention
-    python tests/bench.py ranks [--ranks 1 2 4 8]                   tokens/s of torchrun train.py by number of processes
+    python tests/bench.py training      tokens a second on a small and a medium work, beside a bare Llama stack
+    python tests/bench.py sizes         on a GPU: tokens a second, MFU and memory of the paper's sizes, by switch
+    python tests/bench.py attention     what the hybrid mask costs beside plain causal attention
+    python tests/bench.py ranks         tokens a second of torchrun train.py by number of processes
+    python tests/bench.py sampling      images and tokens a second, the cache, long prompts, how calls are shared out
 
---peer also times transfusion-pytorch (pip install transfusion-pytorch): the same width, depth, heads, tokens and optimiser.
+--peer: training and sampling also against transfusion-pytorch (pip install transfusion-pytorch), at the same width, depth and heads.
+--quick: fewer and smaller measurements, to see that all of it runs. Threads are torch's own; OMP_NUM_THREADS sets them.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,37 +21,46 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TQDM_DISABLE", "1")
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch.nn.attention.flex_attention import flex_attention  # noqa: E402
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, tiny_model, tiny_trained
+from torch.nn.attention.flex_attention import flex_attention
 
-from attention_mask import flex_mask, transfusion_mask  # noqa: E402
-from data import Picture, Tokenizer, collate  # noqa: E402
-from diffusion import DDPM  # noqa: E402
-from model import SIZES, Transfusion, TransfusionConfig, rope_table, rotate, training_flops  # noqa: E402
-from train import NO_LOSS, Config, autocast, losses, mean_context, peak_flops, wrap  # noqa: E402
+import sample
+from attention_mask import flex_mask, transfusion_mask
+from data import NO_LOSS, Picture, Tokenizer, collate
+from diffusion import DDPM, guide
+from model import SIZES, Transfusion, TransfusionConfig, rope_table, rotate, training_flops
+from sample import generate
+from train import Config, autocast, losses, mean_context, peak_flops, wrap
 
 
-def alternate(contestants, rounds, device, warm_up=2):
-    """Call each of {name: function} once a round -> {name: median seconds}."""
-    seconds = {name: [] for name in contestants}
-    for n in range(warm_up + rounds):
-        for name, run in contestants.items():
-            synchronise(device)
-            start = time.perf_counter()
-            run()
-            synchronise(device)
+def alternate(functions, repeats, warm_up=1):
+    """Call each of {name: function} in turn, `warm_up` times unmeasured and then `repeats` times -> {name: median seconds}."""
+    seconds = {name: [] for name in functions}
+    for n in range(warm_up + repeats):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if n >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def table(title, header, rows):
+    """Print rows of cells under a title, columns aligned to the right, the first to the left."""
+    cells = [list(header)] + [[cell if isinstance(cell, str) else f"{cell:,.2f}" if cell < 100 else f"{cell:,.0f}" for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    print(f"\n{title}")
+    for row in cells:
+        print("  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))), flush=True)
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def training_step(model, compute_loss):
@@ -122,10 +135,8 @@ WORKS = {  # name: model, documents, tokens of text each
 
 def peer_step(config, count, text):
     """One training step of transfusion-pytorch."""
-    try:
-        from transfusion_pytorch import Transfusion as Peer
-    except ImportError:
-        sys.exit("error: --peer needs a package that is not installed: pip install transfusion-pytorch")
+    from transfusion_pytorch import Transfusion as Peer
+
     patch_dim = config.patch_size**2 * config.latent_channels
     peer = Peer(num_text_tokens=256, dim_latent=patch_dim, modality_default_shape=(config.n_patches,),
                 transformer=dict(dim=config.dim, depth=config.n_layers, heads=config.n_heads, dim_head=config.dim // config.n_heads))  # fmt: skip
@@ -134,6 +145,7 @@ def peer_step(config, count, text):
 
 
 def training(args):
+    """Tokens a second on a CPU, on a small and a medium work, beside a bare Llama stack and a peer."""
     device, fp32, bf16 = torch.device("cpu"), Config(precision="fp32"), Config(precision="bf16")
     print(f"training on {torch.get_num_threads()} threads of a CPU; one step = forward, backward, clipping, AdamW; median of {args.rounds}, in alternation")
     for name in args.only or WORKS:
@@ -154,7 +166,7 @@ def training(args):
             contestants[label] = training_step(bare, loss)
         if args.peer:
             contestants["transfusion-pytorch, fp32"], models["transfusion-pytorch, fp32"] = peer_step(config, count, text)
-        seconds = alternate(contestants, args.rounds, device)
+        seconds = alternate(contestants, args.rounds, warm_up=2)
         print(f"\n{name}: dim {config.dim}, depth {config.n_layers}, heads {config.n_heads}; {count} documents of {text} text tokens + {config.n_patches} patches")
         print(f"{'':28}{'ms':>8}{'tokens/s':>10}{'M params':>10}{'x bare Llama':>14}{'x peer' if args.peer else '':>8}")
         for label, s in seconds.items():
@@ -169,7 +181,7 @@ def training(args):
 
 
 def sizes(args):
-    """Packed rows of 4096: text and images about one to one."""
+    """Tokens a second, MFU and memory of the paper's sizes on a GPU; packed rows, text and images about one to one."""
     device = torch.device(args.device)
     peak = peak_flops(device)
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}; MFU of {peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "no peak known for this device: no MFU")
@@ -190,7 +202,7 @@ def sizes(args):
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                 step, model = transfusion_step(config, work, run_config, device, flex_mask if attention == "flex" else transfusion_mask)
-                seconds = alternate({"step": step}, args.rounds, device, warm_up=3)["step"]
+                seconds = alternate({"step": step}, args.rounds, warm_up=3)["step"]
                 tokens = work[0].tokens.numel()
                 mfu = f"{tokens / seconds * training_flops(model, mean_context(work[0], config.n_patches)) / peak:6.1%}" if peak else f"{'-':>6}"
                 memory = f"{torch.cuda.max_memory_allocated() / 1e9:6.1f}" if device.type == "cuda" else f"{'-':>6}"
@@ -227,7 +239,7 @@ def attention(args):
             y.sum().backward()
             q.grad = k.grad = v.grad = None
 
-    seconds = alternate({label: lambda make=make: forward_and_backward(make) for label, make in contestants.items()}, args.rounds, device, warm_up=3)
+    seconds = alternate({label: lambda make=make: forward_and_backward(make) for label, make in contestants.items()}, args.rounds, warm_up=3)
     for label, s in seconds.items():
         print(f"{label:44}{1000 * s:9.2f} ms{s / seconds['causal, SDPA']:8.2f} x causal")
 
@@ -250,21 +262,217 @@ def ranks(args):
             print(f"{n:10}{speed:12,.0f}{speed / first:8.2f}", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("training", "sizes", "attention", "ranks"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="training: ours compiled, too")
-    parser.add_argument("--only", nargs="+", help="training: small, medium; sizes: 0.16b, ...")
-    parser.add_argument("--rows", type=int, default=4, help="sizes: rows a step")
-    parser.add_argument("--seq_len", type=int, default=4096, help="sizes: positions a row")
-    parser.add_argument("--images", type=int, default=8, help="sizes: images a row")
-    parser.add_argument("--switches", type=int, default=5, help="sizes: so many combinations of switches, the fastest first")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    args = parser.parse_args()
-    {"training": training, "sizes": sizes, "attention": attention, "ranks": ranks}[args.what](args)
+# ---- Sampling -------------------------------------------------------------------------------------------------------
+
+SMALL = dict(dim=256, n_layers=6, n_heads=4, mlp_multiple=64, latent_channels=4, side=8)  # 16 patches of 16 numbers
+TEXT_TOKENS = 24
+
+
+def decoding_model(seq_len, device, **bias):
+    """The small work's model with random weights, and latents for pictures. bias: of the logits of special tokens."""
+    model = tiny_model(scale=4.0, **SMALL).to(device)
+    with torch.no_grad():
+        model.embedding.weight[:, 0] = model.patches.encoder.bias[0] = 6.0  # so that column 0 of the head is a bias
+        model.head.weight.mul_(0.3)
+        for name in ("boi", "eos"):
+            model.head.weight[getattr(Tokenizer(), name), 0] = bias.get(name, -9.0)
+    trained = tiny_trained(model, seq_len=seq_len)
+    trained.ddpm.to(device)
+    return trained
+
+
+def keep_latents(items, trained):
+    """In the place of sample.to_document: nothing is decoded, since the peer decodes nothing either."""
+    return items
+
+
+def prompt(n, length=TEXT_TOKENS):
+    return ["".join(chr(97 + (7 * n + 3 * i) % 26) for i in range(length))]
+
+
+def rates(quick, device):
+    """Images and tokens a second by batch."""
+    trained, steps, tokens = decoding_model(512, device), 30, 64
+    rows = []
+    for batch in (1, 4) if quick else (1, 16, 64):
+        documents = [prompt(n) for n in range(batch)]
+        found = alternate({
+            "images": lambda: generate(trained, documents, max_tokens=0, steps=steps, sampler="ddim", guidance_scale=3.0),
+            "plain": lambda: generate(trained, documents, max_tokens=0, steps=steps, sampler="ddim", guidance_scale=1.0),
+            "tokens": lambda: generate(trained, documents, draw=False, max_tokens=tokens, max_images=0, temperature=1.0),
+        }, 1 if quick else 5)  # fmt: skip
+        rows.append([f"batch {batch}", batch / found["images"], batch / found["plain"], batch * tokens / found["tokens"]])
+    table(f"{TEXT_TOKENS}-token prompts, {steps} denoising steps", ["", "images/s, guided", "images/s, unguided", "tokens/s"], rows)
+
+
+@torch.inference_mode()
+def recompute(trained, documents, steps, guidance_scale):
+    """Caption -> image without a cache: the whole sequence through the model at every step."""
+    model, ddpm, tokenizer, n = trained.model, trained.ddpm, trained.tokenizer, trained.model.config.n_patches
+
+    def predict(prefixes, x, t):
+        tokens = torch.tensor([prefix + [tokenizer.pad] * n for prefix in prefixes], device=x.device)
+        image_id = torch.full_like(tokens, -1)
+        image_id[:, -n:] = torch.arange(len(tokens), device=x.device)[:, None]
+        positions = torch.arange(tokens.shape[1], device=x.device).expand_as(tokens)
+        return model(tokens, image_id, positions, transfusion_mask(image_id), x, torch.full((len(x),), t, device=x.device))[1]
+
+    prefixes = [[tokenizer.bos, *tokenizer.encode(text), tokenizer.boi] for (text,) in documents]
+    empty = [[tokenizer.bos, tokenizer.boi]] * len(documents)
+    c = model.config
+    x = torch.randn(len(documents), c.latent_channels, c.latent_size, c.latent_size, device=next(model.parameters()).device)
+    both = lambda x, t: predict(prefixes, x, t) if guidance_scale == 1.0 else guide(predict(prefixes, x, t), predict(empty, x, t), guidance_scale)
+    return ddpm.sample(both, x, steps, "ddim")
+
+
+def cache(quick, device):
+    """With the cache and without."""
+    rows, steps = [], 5 if quick else 30
+    for length in (64,) if quick else (24, 128, 512):
+        trained, documents = decoding_model(1024, device), [prompt(n, length) for n in range(1 if quick else 4)]
+        for scale in (1.0, 3.0):
+            found = alternate({
+                "cached": lambda: generate(trained, documents, max_tokens=0, steps=steps, sampler="ddim", guidance_scale=scale),
+                "uncached": lambda: recompute(trained, documents, steps, scale),
+            }, 1 if quick else 3)  # fmt: skip
+            rows.append([f"{length} tokens, guidance {scale}", found["uncached"], found["cached"], found["uncached"] / found["cached"]])
+    table(f"{len(documents)} images, {steps} steps: seconds", ["prompt", "recomputed", "cached", "ratio"], rows)
+
+
+def step_cost(quick, device):
+    """A denoising step by the length of the prompt, beside what attention over such a prefix costs by itself."""
+    rows, batch, steps = [], 4, 8
+    lengths = (16, 64) if quick else (16, 64, 256, 1024, 4096)
+    trained = decoding_model(max(lengths) + 32, device)
+    c = trained.model.config
+
+    def step(length, scale):
+        times = []
+        generate(trained, [prompt(n, length) for n in range(batch)], max_tokens=0, steps=steps, sampler="ddim", guidance_scale=scale,
+                 on_step=lambda number, n, x: number or times.append(time.perf_counter()))  # fmt: skip
+        return statistics.median(b - a for a, b in zip(times[1:], times[2:]))
+
+    def attention(length):
+        q = torch.randn(batch, c.n_heads, c.n_patches, c.dim // c.n_heads, device=device)
+        k = torch.randn(batch, c.n_heads, length + 2 + c.n_patches, c.dim // c.n_heads, device=device)
+        began = time.perf_counter()
+        for _ in range(c.n_layers):
+            F.scaled_dot_product_attention(q, k, k)
+        return time.perf_counter() - began
+
+    for length in lengths:
+        found = {"plain": [], "guided": [], "attention": []}
+        for _ in range(2 if quick else 5):
+            found["plain"].append(step(length, 1.0))
+            found["attention"].append(attention(length))
+            found["guided"].append(step(length, 3.0))
+        plain, guided, alone = (1000 * statistics.median(found[name]) for name in ("plain", "guided", "attention"))
+        rows.append([f"{length} tokens", plain, alone, plain - alone, guided])
+    table(f"A denoising step of {batch} images: ms", ["prompt", "step", "attention alone", "the rest", "step, guided"], rows)
+
+
+def sharing(quick, device):
+    """Documents that write and draw as they like, 16 places: how many tokens between two denoising steps?"""
+    trained, documents, rows = decoding_model(512, device, boi=0.55, eos=0.3), [[]] * (8 if quick else 48), []
+    finished, made = {}, {}
+
+    def run(calls):
+        sample.TEXT_CALLS = calls
+        counts, ends, originals = {"text": 0, "image": 0}, [], (sample.denoise, sample.Decoder.sample_tokens, sample.Decoder.finish)
+
+        def counted(kind, function):
+            def wrapped(*args, **kwargs):
+                counts[kind] += 1
+                return function(*args, **kwargs)
+
+            return wrapped
+
+        began = time.perf_counter()
+        sample.denoise, sample.Decoder.sample_tokens = counted("image", originals[0]), counted("text", originals[1])
+        sample.Decoder.finish = lambda self, p: (ends.append(time.perf_counter() - began), originals[2](self, p))
+        try:
+            generate(trained, documents, draw=False, temperature=1.0, max_tokens=60, max_images=2, max_batch=4 if quick else 16, steps=12, sampler="ddim", guidance_scale=3.0)
+        finally:
+            sample.denoise, sample.Decoder.sample_tokens, sample.Decoder.finish = originals
+        finished.setdefault(calls, []).append(statistics.mean(ends))
+        made[calls] = counts
+
+    usual, choices = sample.TEXT_CALLS, (1, 8) if quick else (1, 4, 8, 16, 64)
+    found = alternate({calls: lambda calls=calls: run(calls) for calls in choices}, 1 if quick else 3)
+    sample.TEXT_CALLS = usual
+    for calls in choices:
+        rows.append([f"{calls}", found[calls], statistics.median(finished[calls][1:]), str(made[calls]["text"]), str(made[calls]["image"])])
+    table(f"{len(documents)} free documents; TEXT_CALLS is {usual}", ["tokens a step", "seconds", "mean time to an end", "text calls", "denoising calls"], rows)
+
+
+def against_peer(quick, device):
+    """transfusion-pytorch's sample_many and sample_one: same width, depth, heads, prompts, patches, and denoising evaluations."""
+    from loguru import logger
+    from transfusion_pytorch import Transfusion as Peer
+
+    logger.remove()
+    torch.manual_seed(0)
+    peer = Peer(num_text_tokens=256, dim_latent=16, modality_default_shape=(4, 4), modality_num_dim=2, add_pos_emb=True,
+                transformer=dict(dim=256, depth=6, dim_head=64, heads=4)).to(device).eval()  # fmt: skip
+    trained, rows = decoding_model(512, device), []
+    forced = dict(max_length=15, force_modality_at_start=0, cfg_scale=3.0, return_unprocessed_modalities=True)  # ends after the picture
+    for batch, points in ((2, 4),) if quick else ((1, 16), (16, 7), (16, 16), (64, 7)):
+        evaluations = 2 * (points - 1)  # of its midpoint rule between so many points
+        prompts = [torch.tensor(trained.tokenizer.encode(prompt(n)[0]), device=device) for n in range(batch)]
+        found = alternate({
+            "ours": lambda: generate(trained, [prompt(n) for n in range(batch)], max_tokens=0, steps=evaluations, sampler="ddim", guidance_scale=3.0),
+            "many": lambda: peer.sample_many(prompts, modality_steps=points, **forced),
+            "one": lambda: peer.sample_one(prompts[0], modality_steps=points, cache_kv=True, **forced),
+        }, 1 if quick else 3)  # fmt: skip
+        ours, many, one = (n / found[name] for name, n in (("ours", batch), ("many", batch), ("one", 1)))
+        rows.append([f"batch {batch}, {evaluations} evaluations", ours, many, one, ours / many, ours / one])
+    table("Caption -> image with guidance: images/s", ["", "ours", "sample_many", "sample_one", "ratio to many", "ratio to one"], rows)
+    ours, theirs = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (trained.model.blocks, peer.transformer))
+    print(f"""
+  Its blocks hold {theirs:.1f} M parameters, these {ours:.1f} M: its adaptive norms are projections of the timestep at every token. Beside the denoising
+  evaluations it makes one call for the prompts and one for each row's unconditional branch, whose prefix is as long as the prompt (its marker tokens
+  are in both); here they are one call each. Its sample_many leaves its image position embedding out, so only its time can be compared.""")
+
+
+def sampling(args):
+    """The sampling benchmarks, one table each."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sample.to_document = keep_latents
+    print(f"sampling on {device}, {torch.get_num_threads()} threads: dim 256, depth 6, heads 4, {TEXT_TOKENS} text tokens, 16 patches of 16 numbers, random weights")
+    for part in (rates, cache, step_cost, sharing) + ((against_peer,) if args.peer else ()):
+        part(args.quick, device)
+
+
+def main(argv=None):
+    """The command line: one subcommand a benchmark."""
+    parser = argparse.ArgumentParser(description="Benchmarks.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function in (training, sizes, attention, ranks, sampling):
+        command = commands.add_parser(function.__name__, help=function.__doc__)
+        command.set_defaults(function=function)
+        command.add_argument("--rounds", type=int, default=9, help="measurements that the median is of (but for sampling)")
+        if function in (training, sampling):
+            command.add_argument("--peer", action="store_true", help="also time transfusion-pytorch")
+        if function is sampling:
+            command.add_argument("--quick", action="store_true", help="fewer and smaller measurements")
+        if function is training:
+            command.add_argument("--compile", action="store_true", help="also ours with compiled blocks")
+        if function in (sizes, attention):
+            command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        if function in (training, sizes):
+            command.add_argument("--only", nargs="+", help="small, medium" if function is training else "0.16b, 0.37b, ...")
+        if function is sizes:
+            command.add_argument("--rows", type=int, default=4, help="rows a step")
+            command.add_argument("--seq_len", type=int, default=4096, help="positions a row")
+            command.add_argument("--images", type=int, default=8, help="images a row")
+            command.add_argument("--switches", type=int, default=5, help="so many combinations of switches, the fastest first")
+        if function is ranks:
+            command.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args(argv)
+    try:
+        args.function(args)
+    except ImportError as error:
+        sys.exit(f"error: {error.name} is not installed; pip install transfusion-pytorch")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python tests/make_fixtures.py
 
 diffusers.npz  the cosine schedule, and single DDPM and DDIM steps on a small random tensor (made with diffusers 0.42)
+samplers.npz   whole trajectories of DDPM, DDIM and DPM-Solver++(2M) with a fixed function in the place of a network (diffusers 0.42)
 llama.npz      a tiny LlamaForCausalLM: random weights in float16, tokens, and its logits for them (transformers 5.23)
 llamas.npz     config.json, names of weights, and the logits of four kinds of LlamaForCausalLM; weights by conftest.drawn_weights
 vaes.npz       the same of four AutoencoderKLs (diffusers 0.42): a picture, its latents' mean and log-variance, and what is decoded
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import drawn_weights, frechet_features
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 from scipy.linalg import sqrtm
@@ -64,6 +65,39 @@ def diffusers_steps():
         ]
         found[f"ddim_{ours}"] = torch.stack([torch.stack(row) for row in steps]).float().numpy()
     np.savez_compressed(HERE / "diffusers.npz", **found)
+
+
+def diffusers_trajectories():
+    """From x_T to x_0 through the timesteps that are saved with each result, noise from one generator, step by step. The lists
+    are evenly spaced (33 and 83 apart) because diffusers' DDIM takes every step to be T // steps long."""
+
+    def network(x, t):
+        return 0.7 * x + 0.3 * torch.sin(3 * x + t / 150)
+
+    visited = {"eps": np.arange(990, -1, -33), "v": np.arange(996, -1, -83)}
+    found = {"visited_eps": visited["eps"], "visited_v": visited["v"]}
+    found["x_T"] = np.random.default_rng(1).standard_normal((2, 3, 4)).astype(np.float32)
+    schedule = {name: value for name, value in SCHEDULE.items() if name != "clip_sample"}
+    for ours, theirs in PREDICTIONS.items():
+        times = visited[ours].tolist()
+        for name in ("ddpm", "ddim", "ddim_eta", "dpm++"):
+            if name == "ddpm":
+                scheduler = exact(DDPMScheduler(**SCHEDULE, variance_type="fixed_small", prediction_type=theirs))
+                scheduler.set_timesteps(timesteps=[t - 1 for t in times[:-1]])
+            elif name == "dpm++":
+                scheduler = exact(DPMSolverMultistepScheduler(**schedule, algorithm_type="dpmsolver++", final_sigmas_type="zero", prediction_type=theirs))
+                scheduler.set_timesteps(timesteps=[t - 1 for t in times[:-1]])
+                abar = scheduler.alphas_cumprod[scheduler.timesteps]
+                scheduler.sigmas = torch.cat([((1 - abar) / abar) ** 0.5, torch.zeros(1)])  # its own have been rounded to float32
+            else:
+                scheduler = exact(DDIMScheduler(**SCHEDULE, prediction_type=theirs))
+                scheduler.num_inference_steps = len(times) - 1
+            options = {"dpm++": {}, "ddim": dict(eta=0.0), "ddim_eta": dict(eta=0.6), "ddpm": {}}[name]
+            x, generator = torch.tensor(found["x_T"]).double(), torch.Generator().manual_seed(0)
+            for t in times[:-1]:
+                x = scheduler.step(network(x, t), t - 1, x, generator=generator, **options).prev_sample.double()
+            found[f"{name}_{ours}"] = x.float().numpy()
+    np.savez_compressed(HERE / "samplers.npz", **found)
 
 
 def llama():
@@ -207,6 +241,7 @@ def metrics():
 if __name__ == "__main__":
     HERE.mkdir(exist_ok=True)
     diffusers_steps()
+    diffusers_trajectories()
     llama()
     llamas()
     vaes()

@@ -1,19 +1,27 @@
 """sample.py: the cached, batched engine against plain recomputation, its rules, and what people see."""
 
+import base64
+import io
 import os
+import re
+import shutil
+import warnings
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SIDE, picture, tiny_model, tiny_trained
+from conftest import SIDE, picture, run_here, tiny_model, tiny_trained
 from PIL import Image
 
 import sample
 from attention_mask import transfusion_mask
 from data import Tokenizer, collate
-from diffusion import DDPM
-from sample import contact_sheet, generate, newest_checkpoint
+from diffusion import DDPM, needs_noise
+from sample import contact_sheet, generate, html_page, newest_checkpoint, pick_tokens
 from train import losses
+from vae import VAE, VAEConfig, save_checkpoint
 
 T = Tokenizer()
 
@@ -73,7 +81,11 @@ def recompute(trained, document, seed, *, draw=True, steps=3, sampler="ddpm", et
         if not drawing:
             logits = forward(ids, owner, images, 0)[0][-1]
             logits[[T.bos, T.eoi, T.pad] + [T.boi] * (max_images == 0)] = -torch.inf
-            token = int(logits.argmax() if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:  # inverse transform sampling, in float64
+                up_to = (logits.double() / temperature).softmax(-1).cumsum(-1)
+                token = int((up_to >= 1 - torch.rand((), generator=generator)).nonzero()[0])
             if token == T.eos:
                 return new
             if token != T.boi:
@@ -89,16 +101,15 @@ def recompute(trained, document, seed, *, draw=True, steps=3, sampler="ddpm", et
         owner.append(-1)
         x = torch.randn(3, SIDE, SIDE, generator=generator)
         add_image(x)
-        times = ddpm.schedule(steps)
+        times, x_0, before = ddpm.schedule(steps), None, 0
         for t, s in zip(times, times[1:]):
             prediction = forward(ids, owner, images[:-1] + [x], t)[1][-1]
             if guidance_scale != 1.0:
                 alone = forward([T.bos, T.boi] + [T.pad] * n, [-1, -1] + [0] * n, [x], t)[1][-1]
                 prediction = alone + guidance_scale * (prediction - alone)
-            if sampler == "ddpm":
-                x = ddpm.ddpm_step(prediction[None], x[None], t, s, torch.randn(x.shape, generator=generator)[None])[0]
-            else:
-                x = ddpm.ddim_step(prediction[None], x[None], t, s)[0]
+            noise = torch.randn(1, *x.shape, generator=generator) if needs_noise(sampler, eta) else None
+            x, x_0 = ddpm.step(sampler, prediction[None], x[None], t, s, noise, eta, before, x_0)
+            x, before = x[0], t
         images[-1] = x
         new.append(x)
         ids.append(T.eoi)
@@ -149,12 +160,36 @@ def test_the_comparison_above_covers_text_and_images_and_both_in_turn(talker):
     assert latents.isfinite().all() and latents.std(0).mean() > 0.1  # not all the same
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_a_row_does_not_depend_on_its_neighbours(talker, guidance_scale):
-    trained, options = tiny_trained(talker), dict(temperature=1.0, max_tokens=12, max_images=2, guidance_scale=guidance_scale)
-    together = generated(trained, DOCUMENTS, range(len(DOCUMENTS)), **options)
-    for seed, (document, row) in enumerate(zip(DOCUMENTS, together)):
-        same(generated(trained, [document], [seed], **options)[0], row)
+def mixture(seed, n):
+    """n random documents of random lengths: nothing, texts, pictures, and both in any order."""
+    draw = np.random.default_rng(seed)
+    part = lambda: image(int(draw.integers(100))) if draw.random() < 0.3 else "abcdefgh tuvwxyz "[: draw.integers(1, 17)]
+    return [[part() for _ in range(draw.integers(0, 4))] for _ in range(n)]
+
+
+@pytest.mark.parametrize("options", [
+    dict(guidance_scale=3.0, max_batch=3), dict(guidance_scale=1.0, max_batch=4), dict(guidance_scale=2.0, sampler="dpm++", steps=4, max_batch=2),
+    dict(sampler="ddim", eta=0.6, draw=False, max_batch=5), dict(sampler="dpm++", temperature=0.0, max_batch=10),
+], ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()))  # fmt: skip
+def test_random_mixtures_equal_recomputation(talker, options):
+    """More documents than places: freed ones are filled again, beside rows that are in the middle of a text or picture."""
+    options = dict(temperature=1.0) | options
+    documents, trained = mixture(len(options), 10), tiny_trained(talker)
+    found = generated(trained, documents, range(10), max_tokens=8, max_images=2, **options)
+    del options["max_batch"]
+    for seed, (document, row) in enumerate(zip(documents, found)):
+        same(row, recompute(trained, document, seed, max_tokens=8, max_images=2, **options))
+
+
+@pytest.mark.parametrize("guidance_scale, calls", [(1.0, 1), (3.0, 8), (3.0, 1000)])
+def test_a_row_does_not_depend_on_its_neighbours(talker, monkeypatch, guidance_scale, calls):
+    """Nor on how the calls are shared out between the modes."""
+    documents, options = mixture(7, 8), dict(temperature=1.0, max_tokens=12, max_images=2, guidance_scale=guidance_scale, sampler="dpm++")
+    monkeypatch.setattr(sample, "TEXT_CALLS", calls)
+    together = generated(tiny_trained(talker), documents, range(8), max_batch=3, **options)
+    monkeypatch.setattr(sample, "TEXT_CALLS", 3)
+    for seed, (document, row) in enumerate(zip(documents, together)):
+        same(generated(tiny_trained(talker), [document], [seed], **options)[0], row)
 
 
 def test_seeds_decide(talker):
@@ -168,6 +203,112 @@ def test_guidance_scale_1_is_no_guidance_and_more_is_more(talker):
     draw = lambda scale: generated(tiny_trained(talker), [["a red dot"]], [0], max_tokens=0, guidance_scale=scale)[0][0]
     assert not torch.allclose(draw(3.0), draw(1.0), atol=0.01)
     torch.testing.assert_close(draw(1.0), draw(1.0 + 1e-7), rtol=1e-3, atol=1e-3)  # the two code paths meet
+
+
+# ---- What it costs --------------------------------------------------------------------------------------------------
+
+
+def trunk_calls(trained, monkeypatch, *args, **options):
+    """The calls that `generate` makes of the trunk: (rows, new positions of each, mask), and the timesteps of its denoising."""
+    calls, times, trunk, denoise = [], [], trained.model.trunk, sample.denoise
+
+    def spy(h, positions, mask=None, cache=None):
+        calls.append((*h.shape[:2], mask))
+        return trunk(h, positions, mask, cache)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trained.model, "trunk", spy)
+        patch.setattr(sample, "denoise", lambda model, cache, x, t, *rest: (times.append(t.tolist()), denoise(model, cache, x, t, *rest))[1])
+        documents = generate(trained, *args, **options)
+    return calls, times, documents
+
+
+def test_a_denoising_step_runs_the_patches_alone(talker, monkeypatch):
+    """Of two pictures after prompts of equal length: the prompts once, T' steps of the patches without a mask, and nothing else."""
+    calls, times, _ = trunk_calls(tiny_trained(talker), monkeypatch, [["a red dot"], ["a red cat"]], max_tokens=0, steps=5)
+    assert [call[:2] for call in calls] == [(2, 11)] + [(2, 16)] * 5
+    assert all(mask is None for *_, mask in calls[1:])
+    assert [t[0] for t in times] == [1000, 800, 600, 400, 200]
+
+
+def test_guidance_shares_the_call_and_hides_unused_slots(talker, monkeypatch):
+    """Rows and their guidance branches in one call; where prefixes differ, a mask of (row, slot) alone."""
+    calls, _, _ = trunk_calls(tiny_trained(talker), monkeypatch, [["a red dot"], ["a dot"]], max_tokens=0, steps=5, guidance_scale=3.0)
+    assert [call[:2] for call in calls] == [(2, 2), (2, 11)] + [(4, 16)] * 5
+    for *_, mask in calls[2:]:
+        assert mask.shape == (4, 1, 1, 11 + 16) and mask[:, 0, 0].sum(-1).tolist() == [11 + 16, 2 + 16, 7 + 16, 2 + 16]
+
+
+def test_a_finished_picture_is_run_once_more_clean(talker, monkeypatch):
+    """At t = 0, without the guidance branch, and only if something follows; then <EOI>, and a call a token."""
+    trained = tiny_trained(talker)
+    with torch.no_grad():
+        trained.model.head.weight[[T.eos, T.boi], 0] -= 100
+        calls, times, _ = trunk_calls(trained, monkeypatch, [["a dot"]], max_tokens=4, steps=3, guidance_scale=2.0)
+        trained.model.head.weight[[T.eos, T.boi], 0] += 100
+    assert [call[:2] for call in calls] == [(1, 2), (1, 7)] + [(2, 16)] * 3 + [(1, 16)] + [(1, 1)] * 4  # the fourth token is not run
+    assert times[-1] == [0] and 0 not in sum(times[:-1], [])
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_modes_advance_together(talker, monkeypatch, calls):
+    """Pictures at different steps share a denoising call. Between two steps of a picture every other picture makes one step at
+    most, and every text TEXT_CALLS tokens at most, and some do."""
+    monkeypatch.setattr(sample, "TEXT_CALLS", calls)
+    events, documents = [], [["a dot"], [image(1)], [], []] * 2
+    _, times, _ = trunk_calls(tiny_trained(talker), monkeypatch, documents, draw=False, temperature=1.0, max_tokens=40, max_images=3, steps=12,
+                              on_text=lambda row, _: events.append(("text", row)), on_step=lambda row, n, _: events.append((n, row)))  # fmt: skip
+    assert any(len(set(t)) > 1 for t in times)
+    between = set()
+    for row in range(len(documents)):
+        steps = [i for i, (kind, who) in enumerate(events) if who == row and kind != "text"]
+        for i, j in zip(steps, steps[1:]):
+            if events[j][0] > 1:  # not before a picture's first
+                others = [("text" if kind == "text" else "step", who) for kind, who in events[i + 1 : j] if kind not in (0, 1)]
+                between |= {(kind, others.count((kind, who))) for kind, who in others}
+    assert max(n for kind, n in between if kind == "step") == 1 and max(n for kind, n in between if kind == "text") == calls
+
+
+def test_places_are_as_many_as_asked_for(talker, monkeypatch):
+    made, original = [], sample.KVCache
+    monkeypatch.setattr(sample, "KVCache", lambda *args: made.append(args) or original(*args))
+    documents = [["a"]] * 7
+    few = generate(tiny_trained(talker), documents, max_tokens=0, max_batch=2, guidance_scale=2.0)
+    many = generate(tiny_trained(talker), documents, max_tokens=0, max_batch=64, guidance_scale=1.0)
+    assert [args[1] for args in made] == [2 * 2, 7] and len(few) == len(many) == 7
+    assert all(args[2] == 1 + 1 + 1 + 16 + 2 for args in made)  # <BOS>, the letter, <BOI>, and room for a picture and its frame
+
+
+def test_without_a_compiler_it_goes_on(talker, monkeypatch):
+    def broken():
+        raise RuntimeError("no compiler")
+
+    trained, documents, options = tiny_trained(talker), [["a dot"], ["b"]], dict(max_tokens=0, guidance_scale=2.0)
+    expected = generated(trained, documents, [0, 1], **options)
+    monkeypatch.setattr(sample, "compiled_denoise", broken)
+    monkeypatch.setattr(sample.Decoder, "compiles", lambda *_: True)
+    with pytest.warns(UserWarning, match="without torch.compile"):
+        for a, b in zip(generated(trained, documents, [0, 1], **options), expected):
+            same(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_eager(talker, monkeypatch):
+    """And one compilation serves different numbers of rows and lengths of prefixes."""
+    compiles = torch._dynamo.utils.counters["stats"]
+    trained, options = tiny_trained(talker), dict(max_tokens=0, guidance_scale=2.0)
+    batches = [["ab"] * 2, ["ab", "abc"], ["abcde", "a", "abc"], ["abcd"] * 5]
+    expected = [generated(trained, [[text] for text in batch], range(len(batch)), **options) for batch in batches]
+    monkeypatch.setattr(sample.Decoder, "compiles", lambda *_: True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "going on without")
+        for n, (batch, rows) in enumerate(zip(batches, expected)):
+            for a, b in zip(generated(trained, [[text] for text in batch], range(len(batch)), **options), rows):
+                same(a, b)
+            if n == 0:
+                before = compiles["unique_graphs"]
+    assert before > 0 and compiles["unique_graphs"] <= before + 1
 
 
 # ---- The rules ------------------------------------------------------------------------------------------------------
@@ -205,6 +346,64 @@ def test_inserted_tokens_are_never_sampled(talker):
 def test_top_k_1_is_greedy(talker):
     run = lambda **options: generate(tiny_trained(talker), [[], [image(1)]], draw=False, max_tokens=15, max_images=0, **options)
     assert run(top_k=1, temperature=5.0) == run(temperature=0.0) != run(temperature=5.0)
+
+
+def test_pick_tokens_keeps_what_it_should():
+    """Which tokens can be drawn, against a plain reading of the definitions; and none of probability 0, whatever u is."""
+    draw = np.random.default_rng(0)
+    u = torch.cat([torch.zeros(1), torch.linspace(0, 1, 4001)[:-1], torch.tensor([1 - 2**-24])])
+    for top_k, top_p in [(0, 1.0), (3, 1.0), (0, 0.6), (5, 0.7), (1, 1.0), (0, 0.01), (50, 0.999)]:
+        logits = torch.tensor(draw.normal(size=20) * 2, dtype=torch.float32)
+        logits[[0, 7, 19]] = -torch.inf
+        found = set(pick_tokens(logits.expand(len(u), -1), torch.full((len(u),), 1.5), u, top_k, top_p).tolist())
+        p = np.exp(logits.double().numpy() / 1.5)
+        order, kept, mass = np.argsort(-p)[: top_k or 17], set(), 0.0
+        total = p[order].sum()
+        for i in order:
+            if mass < top_p and p[i] > 0:
+                kept.add(int(i))
+                mass += p[i] / total
+        assert found <= kept and {i for i in kept if p[i] / total > 0.001} <= found
+
+
+def test_pick_tokens_draws_from_the_softmax():
+    """Pearson's chi-squared; greedy where the temperature is 0."""
+    logits, n = torch.tensor([1.0, -1.0, 0.5, 2.0, -torch.inf]), 50_000
+    u = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(pick_tokens(logits.expand(n, -1), torch.full((n,), 0.7), u), minlength=5).double()
+    expected = n * (logits.double() / 0.7).softmax(-1)
+    chi2 = ((counts - expected) ** 2 / expected)[:4].sum()
+    assert counts[4] == 0 and chi2 < 3 + 4 * 6**0.5
+    assert pick_tokens(logits.expand(2, -1), torch.tensor([0.0, 1.0]), torch.tensor([0.999, 0.999]))[0] == 3
+
+
+def test_a_document_ends_where_the_trained_sequences_do(talker):
+    trained = tiny_trained(talker, seq_len=40)
+    with torch.no_grad():
+        trained.model.head.weight[T.eos, 0] -= 100
+        rows = generated(trained, [[]] * 6, range(6), draw=False, max_tokens=1000, max_images=9)
+        trained.model.head.weight[T.eos, 0] += 100
+    lengths = [1 + sum(1 if isinstance(i, int) else 18 for i in row) for row in rows]
+    assert all(39 <= n <= 42 for n in lengths) and any(not isinstance(i, int) for row in rows for i in row)  # the last token is not run, nor a last <EOI>
+
+
+@pytest.mark.parametrize("wrong", [dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(max_batch=0), dict(sampler="euler"),
+                                   dict(eta=2.0), dict(steps=0)], ids=str)  # fmt: skip
+def test_options_out_of_range_are_refused(talker, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)) if "steps" not in wrong else "between 1 and 1000"):
+        generate(tiny_trained(talker), [["a"]], **wrong)
+
+
+def test_a_character_is_reported_whole():
+    said = []
+    decoder = SimpleNamespace(tokenizer=T, on_text=lambda row, piece: said.append(piece))
+    row = sample.Row(0, [], None, 0.0, 0, 0, 0)
+    for token in "né".encode():
+        row.new.append(token)
+        sample.Decoder.say(decoder, row)
+    row.new.append(0xFF)
+    sample.Decoder.say(decoder, row, everything=True)
+    assert said == ["n", "é", "\ufffd"]
 
 
 def test_text_is_reported_as_it_is_sampled(talker):
@@ -282,3 +481,77 @@ def test_newest_checkpoint(tmp_path, monkeypatch):
         (tmp_path / "out" / name / "checkpoint.pt").touch()
         os.utime(tmp_path / "out" / name / "checkpoint.pt", (n % 2, n % 2))
     assert newest_checkpoint().parent.name == "a"
+
+
+def test_page_holds_everything_in_order():
+    one, two = image(1), image(2)
+    page = html_page([["a <b> & c", one, "then", two], [two]], [1, 0])
+    assert "a &lt;b&gt; &amp; c" in page and "<b>" not in page and "http" not in page and "src=" in page
+    shown = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert [np.array(i).tolist() for i in shown] == [np.array(i).tolist() for i in (one, two, two)]
+    kinds = re.findall(r'<(p|img) class="(\w+)"|<(/article)>', page)
+    assert [a + b + c for a, b, c in kinds] == ["pgiven", "imgnew", "pnew", "imgnew", "/article", "imgnew", "/article"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(talker, tmp_path_factory):
+    """The talker in a checkpoint of its own, with a VAE of random weights."""
+    vae = VAE(VAEConfig(channels=8, channel_multiples=(1,), n_res=0, unshuffle=1, latent_channels=3, mid_attention=False))
+    trained = tiny_trained(talker, seq_len=100)
+    trained.config["data"]["image_size"] = SIDE * vae.config.factor
+    path = tmp_path_factory.mktemp("out") / "checkpoint.pt"
+    save_checkpoint(path, {"config": trained.config, "ema": talker.state_dict(), "tokenizer": [], "vae": vae.state_dict(), "vae_config": asdict(vae.config)})
+    return path
+
+
+def run_sample(checkpoint, out, *args):
+    code, printed, err = run_here("sample.py", "--ckpt", checkpoint, "--out", out, *args)
+    assert code == 0, err
+    return printed, sorted(p.name for p in out.iterdir()) if out.exists() else []
+
+
+def test_prompts_from_a_file_and_from_the_line_become_pictures(checkpoint, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dot\n\n  two dots: été 東\n", encoding="utf-8")
+    printed, files = run_sample(checkpoint, tmp_path / "a", "--prompts", tmp_path / "prompts.txt", "--prompt", "no dot", "--num", 1, "--seed", 5, "--sampler", "dpm++",
+                                "--steps", 4, "--guidance_scale", 2)  # fmt: skip
+    assert files == ["000.png", "001.png", "002.png", "sheet.png"]
+    notes = Image.open(tmp_path / "a" / "002.png").info
+    assert notes["prompt"] == "two dots: été 東" and all(word in notes["settings"] for word in ("seed 5", "sampler dpm++", "steps 4", "guidance_scale 2.0", str(checkpoint)))
+    run_sample(checkpoint, tmp_path / "b", "--prompt", "two dots: été 東", "--num", 1, "--seed", 5, "--sampler", "dpm++", "--steps", 4, "--guidance_scale", 2)
+    a, b = (np.array(Image.open(tmp_path / f), int) for f in ("a/002.png", "b/000.png"))
+    assert abs(a - b).max() <= 1  # what stands in the notes draws it again
+
+
+def test_an_instruction_after_a_picture(checkpoint, tmp_path, monkeypatch):
+    """The document is <BOI> picture <EOI> instruction <BOI>, and a picture follows."""
+    image(3).save(tmp_path / "x.png")
+    seen, original = [], Tokenizer.encode
+    monkeypatch.setattr("data.collate", lambda rows, *args: seen.append(rows) or collate(rows, *args))
+    printed, files = run_sample(checkpoint, tmp_path / "out", "--image", tmp_path / "x.png", "--prompt", "make it blue", "--num", 1)
+    assert files == ["000.png"]
+    (prompt,) = seen[0][0]
+    assert [type(part).__name__ for part in prompt] == ["Picture", "list", "list"] and prompt[1:] == [original(T, "make it blue"), [T.boi]]
+
+
+def test_left_alone_it_shows_something(checkpoint, tmp_path):
+    """Texts and pictures as the model likes, on a sheet, a page and a film; the same again with the same seed."""
+    found = [run_sample(checkpoint, tmp_path / name, "--max_images", 2, "--seed", 1, "--top_p", 0.95, "--top_k", 50, "--gif") for name in "ab"]
+    printed, files = found[0]
+    assert {"sheet.png", "page.html", "film.gif", "000.png"} < set(files) and files == found[1][1]
+    assert (tmp_path / "a/page.html").read_text() == (tmp_path / "b/page.html").read_text() and printed.replace("/a/", "/b/") == found[1][0]
+    with Image.open(tmp_path / "a/film.gif") as film, Image.open(tmp_path / "a/sheet.png") as sheet:
+        assert film.n_frames == 4 and film.size == sheet.size  # noise, and three steps
+
+
+def test_text_streams(checkpoint, tmp_path):
+    """A prompt that the model goes on with freely, without pictures."""
+    printed, files = run_sample(checkpoint, tmp_path / "out", "--prompt", "abc", "--free", "--num", 1, "--max_images", 0, "--max_tokens", 6, "--temperature", 1)
+    assert re.fullmatch(r"0: abc [a-h]{1,6}\n", printed) and not files
+
+
+@pytest.mark.parametrize("content, message", [(None, "no such file"), (b"\n \n", "holds no prompt"), (b"\xff\xfe", "not UTF-8")])
+def test_bad_prompt_files(checkpoint, tmp_path, content, message):
+    if content:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    code, _, err = run_here("sample.py", "--ckpt", checkpoint, "--prompts", tmp_path / "prompts.txt")
+    assert code == 1 and "prompts.txt: " in err and message in err and len(err.splitlines()) == 1
