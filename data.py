@@ -58,7 +58,7 @@ class DataConfig:
     image_first_max_t: int = 500  # noise limit where the picture precedes its caption (section 4.3); 1000 = none
     latents: str = ""  # folder that vae.py --encode wrote: read in the place of the pictures, for the VAE's encoder takes long at 256x256
     max_broken: float = 0.05  # training stops if more than this share of the pairs, pictures or texts cannot be used
-    workers: int = 4  # processes that decode pictures; 0 = none but the training's own
+    workers: int = 4  # processes that decode pictures, for each rank, but no more than there are cores; 0 = none but the training's own
     cache: str = ""  # folder for what is made once (tar indexes, tokenised text); "" = .transfusion beside the data, or else out/cache
 
     def __post_init__(self):
@@ -645,7 +645,7 @@ class Loader:
         if self._batches is None:
             self._state = self.state
             batches = DataLoader(Rows(self.stream, self.tokenizer), batch_size=None, sampler=pack(self.stream, self.batch_rows, self._states),
-                                 num_workers=self.workers, worker_init_fn=leave_signals, generator=torch.Generator())  # fmt: skip
+                                 num_workers=min(self.workers, os.cpu_count() or 1), worker_init_fn=leave_signals, generator=torch.Generator())  # fmt: skip
             self._batches = iter(batches)
         try:
             batch, errors = next(self._batches)
@@ -1093,12 +1093,11 @@ def open_pairs(config, split="train", seed=0):
 
 def readable(pairs, first, n, skipped=None):
     """The next n pairs from number `first` on whose pictures can be read -> list of (caption, uint8 pixels). skipped: counts the
-    others. Raises ValueError if a hundred in a row cannot be read."""
+    others, and stops if they are too many. Raises ValueError if a hundred in a row cannot be read."""
     examples, errors = [], []
     for index in itertools.count(first):
         if len(examples) == n:
-            if skipped:
-                skipped.count(n + len(errors), errors)
+            (skipped or Skipped("pictures", 1.0)).count(n + len(errors), errors)
             return examples
         caption, load = pairs.pair(index)
         try:
@@ -1125,7 +1124,7 @@ class TextFiles:
 
         def records():
             for file in files:
-                for where, text in read_jsonl(file, found) if file.suffix == ".jsonl" else read_txt(file):
+                for where, text in read_jsonl(file, found) if file.suffix in (".jsonl", ".json") else read_txt(file):
                     found.good += 1
                     ids = np.array(tokenizer.encode(text), self.dtype)
                     for start in range(0, len(ids), most):

@@ -13,6 +13,8 @@ import tarfile
 import time
 import zlib
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -122,6 +124,12 @@ def test_interrupted_indexing_leaves_nothing(shards, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         Pairs(shards, 8)
     assert len(list((shards / ".transfusion").iterdir())) == 1  # the first index
+
+
+def test_several_processes_may_index_at_the_same_time(shards):
+    with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
+        assert [len(found) for found in pool.map(everything, [shards] * 3)] == [60] * 3
+    assert len(list((shards / ".transfusion").iterdir())) == 1
 
 
 def test_captions_come_from_json_where_there_is_no_text(tmp_path):
