@@ -93,8 +93,9 @@ class Tokenizer:
     @classmethod
     def learn(cls, texts, merges):
         """The tokenizer of at most `merges` merges that `texts` suggest: the most frequent neighbours, first inside words,
-        then across words (Liu et al. 2025), there only where one never occurs without the other, in a tenth of the texts or
-        more: "at the" becomes one token, "red circle" must not, or no red square would share anything with it."""
+        then across words (Liu et al. 2025), there only in a quarter of the texts or more, or in a tenth where one of the two never
+        occurs without the other: "at the top left" becomes one token, and so a place is one decision. "red circle" must not,
+        or no red square would share anything with it."""
         learned = []
 
         def grow(sequences, wanted):
@@ -118,7 +119,7 @@ class Tokenizer:
         words = Counter(word for text in texts for word in re.findall(WORD, text))
         grow({tuple(word.encode()): count for word, count in words.items()}, lambda n, a, b: n > 1)
         inside = cls(learned)
-        grow(Counter(tuple(inside.encode(text)) for text in texts), lambda n, a, b: n == min(a, b) and n >= max(2, len(texts) / 10))
+        grow(Counter(tuple(inside.encode(text)) for text in texts), lambda n, a, b: n >= max(2, len(texts) / (10 if n == min(a, b) else 4)))
         return cls(learned)
 
     def _merge(self, ids):

@@ -65,6 +65,7 @@ class Config:
     rows: int = 512  # rows of seq_len tokens a step, over all processes: 2M tokens with the default 4096
     micro_rows: int = 4  # rows that a process runs at once; gradients are accumulated over the rest. 0 = all
     max_steps: int = 250_000
+    optimizer: str = "adamw"  # adamw, or muon (Jordan et al. 2024) for the matrices of the blocks and adamw for the rest
     lr: float = 3e-4
     min_lr: float = 1.5e-5  # where the cosine ends
     warmup: int = 4000
@@ -98,10 +99,12 @@ class Config:
             raise ValueError("latents need the VAE that made them; give --vae too")
         if self.freeze_text and not self.init_from:
             raise ValueError("freeze_text is true, but there is nothing to freeze: give --init_from too")
+        if self.optimizer == "muon" and self.fsdp:
+            raise ValueError("optimizer muon needs whole matrices, which --fsdp cuts; leave one of them out")
         if self.freeze_text and self.fsdp:
             raise ValueError("freeze_text does not work with --fsdp, which cuts the rows of the vocabulary; leave one of them out")
         choices = dict(device=("auto", "cpu", "cuda", "mps"), sampler=("ddpm", "ddim"), compile=("auto", "on", "off"),
-                       attention=("auto", "sdpa", "flex"), precision=("auto", "bf16", "fp32"))  # fmt: skip
+                       attention=("auto", "sdpa", "flex"), precision=("auto", "bf16", "fp32"), optimizer=("adamw", "muon"))  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
@@ -335,6 +338,20 @@ def learning_rate(config, step):
     return cosine * min(1.0, (step + 1) / config.warmup)
 
 
+def make_optimizers(model, config, undecayed=()):
+    """AdamW, weight decay on matrices only; for optimizer="muon" also Muon, which makes the update of every matrix in the
+    blocks orthogonal and so learns faster per step, scaled to the size of AdamW's so that one learning rate serves both."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    by_muon = [p for p in model.blocks.parameters() if p.requires_grad and p.ndim == 2 and config.optimizer == "muon"]
+    matrices = [p for p in parameters if p.ndim >= 2 and not any(p is q for q in [*by_muon, *undecayed])]
+    others = [p for p in parameters if p.ndim < 2 or any(p is q for q in undecayed)]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)]
+    if by_muon:
+        optimizers.append(torch.optim.Muon(by_muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
 class Interrupt:
     """While it is entered, Ctrl-C (or SIGTERM) sets `asked` instead of stopping the program in the middle of a step; a
     second one stops it at once."""
@@ -483,10 +500,7 @@ class Run:
         self.parallel = wrap(self.model, config, self.device)
         self.average = Average(self.model)
         self.ddpm = DDPM(**asdict(config.diffusion)).to(self.device)
-        matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim >= 2 and p not in partly]
-        others = [p for p in self.model.parameters() if p.requires_grad and (p.ndim < 2 or p in partly)]
-        groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
+        self.optimizers = make_optimizers(self.model, config, partly)
 
         self.loader = self._loader("train", config.rows, config.data.workers, config.micro_rows)
         held_out, self.validation = self._loader("held_out", self.ranks * max(1, min(config.rows, 8) // self.ranks)), []
@@ -557,7 +571,7 @@ class Run:
     def train_step(self):
         """One optimiser step -> the numbers for the log."""
         config, lr = self.config, learning_rate(self.config, self.step)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         batches = self.micro_batches()
         # The means of eq. 1 and eq. 3 are over the whole step. Ranks and micro-batches differ in how many text targets and
@@ -582,8 +596,9 @@ class Run:
                 f"the loss is {lm + config.lambda_ddpm * ddpm:g} and its gradient's norm {norm:g} at step {self.step}: lower --lr (now {config.lr:g}) or --clip; "
                 f"--resume goes on from the last checkpoint in {self.out}"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.average.update(min(config.ema, (1 + self.step) / (10 + self.step)))  # warmed up: the first weights are soon forgotten
         self.step += 1
         self.context = mean_context(batches[0][0], config.model.n_patches)
@@ -658,7 +673,7 @@ class Run:
     def save(self):
         """Write the checkpoint: everything that going on, on any number of processes, sampling and evaluating need."""
         weights = {"model": get_model_state_dict(self.model, options=FULL), "ema": self.averaged_weights(),
-                   "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=FULL)}  # fmt: skip
+                   "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=FULL)}  # fmt: skip
         streams = [self.loader.state]
         if self.ranks > 1:
             dist.all_gather_object(streams := [None] * self.ranks, self.loader.state)
@@ -678,7 +693,7 @@ class Run:
         set_model_state_dict(self.model, state["ema"], options=options)
         self.average = Average(self.model)
         set_model_state_dict(self.model, state["model"], options=options)
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=options)
         self.loader.stream.load_state(state["stream"])
         self.step = state["step"]
 
