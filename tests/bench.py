@@ -178,7 +178,8 @@ def sharing(quick, device):
         sample.denoise, sample.Decoder.sample_tokens = counted("image", originals[0]), counted("text", originals[1])
         sample.Decoder.finish = lambda self, p: (ends.append(time.perf_counter() - began), originals[2](self, p))
         try:
-            generate(trained, documents, draw=False, temperature=1.0, max_tokens=60, max_images=2, max_batch=4 if quick else 16, steps=12, sampler="ddim", guidance_scale=3.0)
+            generate(trained, documents, draw=False, temperature=1.0, max_tokens=60, max_images=2, max_batch=4 if quick else 16, steps=12,
+                     sampler="ddim", guidance_scale=3.0)  # fmt: skip
         finally:
             sample.denoise, sample.Decoder.sample_tokens, sample.Decoder.finish = originals
         finished.setdefault(calls, []).append(statistics.mean(ends))
@@ -225,7 +226,7 @@ def sampling(args):
     """The sampling benchmarks, one table each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sample.to_document = keep_latents
-    print(f"sampling on {device}, {torch.get_num_threads()} threads: dim 256, depth 6, heads 4, {TEXT_TOKENS} text tokens, 16 patches of 16 numbers, random weights")
+    print(f"sampling on {device}, {torch.get_num_threads()} threads, random weights: dim 256, depth 6, heads 4, 16 patches of 16 numbers")
     for part in (rates, cache, step_cost, sharing) + ((against_peer,) if args.peer else ()):
         part(args.quick, device)
 
