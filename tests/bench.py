@@ -149,7 +149,7 @@ def step_cost(quick, device):
 
     for length in lengths:
         found = {"plain": [], "guided": [], "attention": []}
-        for _ in range(2 if quick else 5):
+        for _ in range(2 if quick else 3):
             found["plain"].append(step(length, 1.0))
             found["attention"].append(attention(length))
             found["guided"].append(step(length, 3.0))
