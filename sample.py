@@ -81,7 +81,7 @@ def load(path, device="cpu"):
 
 # ---- The engine -----------------------------------------------------------------------------------------------------
 
-TEXT_CALLS = 8  # tokens that each row in text mode gets between two denoising steps of the others: about as much time
+TEXT_CALLS = 4  # tokens that each row in text mode gets between two denoising steps of the others; `tests/bench.py sampling` compares
 COMPILE_FROM = 10_000  # image denoising steps, on CUDA: from about here on they repay a minute of compilation
 
 

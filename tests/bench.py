@@ -185,7 +185,7 @@ def sharing(quick, device):
         finished.setdefault(calls, []).append(statistics.mean(ends))
         made[calls] = counts
 
-    usual, choices = sample.TEXT_CALLS, (1, 8) if quick else (1, 4, 8, 16, 64)
+    usual, choices = sample.TEXT_CALLS, (1, 4) if quick else (1, 4, 8, 16, 64)
     found = alternate({calls: lambda calls=calls: run(calls) for calls in choices}, 1 if quick else 3)
     sample.TEXT_CALLS = usual
     for calls in choices:
