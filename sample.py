@@ -3,7 +3,7 @@
     python sample.py --prompt "a red circle at the top left"     a picture of it
     python sample.py --image picture.png                         its caption
     python sample.py --image picture.png --prompt "make it blue" another picture, after both
-    python sample.py                                             the model starts by itself
+    python sample.py                                             the model starts by itself; --free: it goes on by itself
 
 The rule for a batch whose rows are in different modes. A row is in text mode until it samples <BOI>; then in image mode for
 T' denoising steps and one more call at t = 0, which leaves the clean picture's keys and values behind; then in text mode

@@ -224,6 +224,8 @@ def against_peer(quick, device):
 
 def sampling(args):
     """The sampling benchmarks, one table each."""
+    if args.peer:
+        import transfusion_pytorch  # noqa: F401  if it is missing, better said now than after minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sample.to_document = keep_latents
     print(f"sampling on {device}, {torch.get_num_threads()} threads, random weights: dim 256, depth 6, heads 4, 16 patches of 16 numbers")
