@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-
 SAMPLERS = ("ddpm", "ddim", "dpm++")  # ancestral (the paper's), DDIM, and DPM-Solver++(2M) for few steps
 
 

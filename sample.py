@@ -3,7 +3,7 @@
     python sample.py --prompt "a red circle at the top left"     a picture of it
     python sample.py --image picture.png                         its caption
     python sample.py --image picture.png --prompt "make it blue" another picture, after both
-    python sample.py                                             the model starts by itself
+    python sample.py                                             the model starts by itself; --free: it goes on by itself
 
 The rule for a batch whose rows are in different modes. A row is in text mode until it samples <BOI>; then in image mode for
 T' denoising steps and one more call at t = 0, which leaves the clean picture's keys and values behind; then in text mode
@@ -101,7 +101,7 @@ def export(trained, folder):
 
 # ---- The engine -----------------------------------------------------------------------------------------------------
 
-TEXT_CALLS = 8  # tokens that each row in text mode gets between two denoising steps of the others: about as much time
+TEXT_CALLS = 4  # tokens that each row in text mode gets between two denoising steps of the others; `tests/bench.py sampling` compares
 COMPILE_FROM = 10_000  # image denoising steps, on CUDA: from about here on they repay a minute of compilation
 
 
@@ -196,13 +196,14 @@ class Decoder:
     def text_step(self):
         """One token for each row in text mode."""
         places = [p for p, row in enumerate(self.rows) if row and row.step is None]
-        places, tokens = self.accept(places, self.sample_tokens(places)) if places else ([], [])
-        if not places:
+        tokens = self.sample_tokens(places) if places else []
+        going_on = [(p, self.rows[p], token) for p, token in zip(places, tokens) if self.accept(p, token)]
+        if not going_on:
             return
-        rows = [self.rows[p] for p in places]
+        places, rows, tokens = zip(*going_on)
         h = self.run(self.embed(tokens)[:, None], [self.branches * p for p in places], [row.position for row in rows])
-        self.logits[places] = self.model.head(h[:, 0]).float()
-        for p, row, token in zip(places, rows, tokens):
+        self.logits[list(places)] = self.model.head(h[:, 0]).float()
+        for p, row, token in going_on:
             row.position += 1
             row.after_image = False
             if token == self.tokenizer.boi:
@@ -221,20 +222,17 @@ class Decoder:
         tokens = pick_tokens(logits, temperature.to(self.device), u.to(self.device), self.top_k, self.top_p).tolist()
         return [t.eoi if row.after_image else token for row, token in zip(rows, tokens)]
 
-    def accept(self, places, tokens):
-        """Note the new tokens and close the rows that end with them -> (places, tokens) of those that go on."""
-        going_on = []
-        for p, token in zip(places, tokens):
-            row = self.rows[p]
-            if token not in (self.tokenizer.eos, self.tokenizer.boi, self.tokenizer.eoi):
-                row.new.append(token)
-                row.tokens_left -= 1
-                self.say(row)
-            if token == self.tokenizer.eos or (row.tokens_left <= 0 and token != self.tokenizer.boi) or row.position >= self.limit:
-                self.finish(p)
-            else:
-                going_on.append((p, token))
-        return [p for p, _ in going_on], [token for _, token in going_on]
+    def accept(self, p, token):
+        """Note the new token of a row, and close the row if it ends with it -> does it go on?"""
+        row, t = self.rows[p], self.tokenizer
+        if token not in (t.eos, t.boi, t.eoi):
+            row.new.append(token)
+            row.tokens_left -= 1
+            self.say(row)
+        ends = token == t.eos or (row.tokens_left <= 0 and token != t.boi) or row.position >= self.limit
+        if ends:
+            self.finish(p)
+        return not ends
 
     def say(self, row, everything=False):
         """Report text that was not reported yet; a character that is still incomplete waits for its other bytes."""
@@ -275,7 +273,8 @@ class Decoder:
         positions, mask = self.place(rows, starts, self.n_patches)
         if self.compiled and len(rows) < self.cache.k.shape[1]:
             self.cache.rows = self.cache.row_index[:, 0]  # a slice would be compiled in, and every other one compiled again
-        prediction = self.denoise(self.x[places].repeat_interleave(branches, 0), torch.tensor(t, device=self.device).repeat_interleave(branches), positions, mask)
+        x, times = self.x[places].repeat_interleave(branches, 0), torch.tensor(t, device=self.device).repeat_interleave(branches)
+        prediction = self.denoise(x, times, positions, mask)
         if guided:
             prediction = guide(prediction[0::2], prediction[1::2], self.guidance_scale)
         if going_on.any():
@@ -365,9 +364,11 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
     config, n_patches = trained.config, trained.model.config.n_patches
     steps, sampler = config["steps"] if steps is None else steps, sampler or config["sampler"]
     guidance_scale = config["guidance_scale"] if guidance_scale is None else guidance_scale
-    for name, value, least, most in (("temperature", temperature, 0, math.inf), ("top_k", top_k, 0, math.inf), ("top_p", top_p, 1e-9, 1), ("max_batch", max_batch, 1, math.inf)):
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"{name} is {value}; it must " + ("be above 0 and at most 1" if name == "top_p" else f"be at least {least}"))
+    for name, value, least in (("temperature", temperature or 0, 0), ("top_k", top_k, 0), ("max_batch", max_batch, 1)):
+        if not value >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
     seeds = list(range(len(documents))) if seeds is None else list(seeds)
     rows = []
     for document, seed in zip(documents, seeds, strict=True):
@@ -608,7 +609,8 @@ def main(argv=None):
     )  # fmt: skip
     if terminal.bar:
         terminal.bar.close()
-    show(trained, results, documents, Path(args.out), terminal, [f"checkpoint {ckpt}, seed {seed}, {', '.join(f'{k} {v}' for k, v in settings.items())}" for seed in seeds])
+    notes = ", ".join(f"{name} {value}" for name, value in settings.items())
+    show(trained, results, documents, Path(args.out), terminal, [f"checkpoint {ckpt}, seed {seed}, {notes}" for seed in seeds])
 
 
 def show(trained, results, documents, out, terminal, settings):

@@ -83,11 +83,8 @@ def test_images_at_different_steps_do_not_mix(sampler, eta, prediction):
             torch.testing.assert_close(a[i], b[0])
 
 
-@pytest.mark.parametrize("prediction, first", [("eps", 990), ("v", 1000)])
-@pytest.mark.parametrize("steps", [1, 7, 25, 250, 989, 990, 1000])
+@pytest.mark.parametrize("prediction, first, steps", [(p, f, n) for p, f in (("eps", 990), ("v", 1000)) for n in (1, 7, 25, 250, f - 1, f)])
 def test_visited_timesteps_fall_evenly_to_zero(steps, prediction, first):
-    if steps > first:
-        pytest.skip("more steps than timesteps; the next test")
     visited = DDPM(prediction=prediction).schedule(steps)
     gaps = -np.diff(visited)
     assert visited[0] == first and visited[-1] == 0 and len(visited) == steps + 1
