@@ -31,6 +31,7 @@ from tqdm import tqdm
 from attention_mask import transfusion_mask
 from data import (BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, DataConfig, Found, Pairs, Scenes, collate, open_pairs, read_jsonl,
                   read_txt, readable, sprite, to_pixels)  # fmt: skip
+from diffusion import SAMPLERS
 from sample import Parser, generate, load, newest_checkpoint, pick_device
 from vae import load_checkpoint
 
@@ -438,7 +439,7 @@ def main(argv=None):
     parser.add_argument("--judged", type=int, default=300, help="pictures per split (default 300)")
     parser.add_argument("--seed", type=int, default=1, help="which pictures and noise (default 1)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the preset's)")
-    parser.add_argument("--sampler", choices=("ddpm", "ddim"), help="(default: the preset's)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="(default: the preset's)")
     parser.add_argument("--guidance_scale", type=float, help="1 = none (default: the preset's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--text", metavar="FILE", help="also measure the perplexity of this held-out text, .txt or .jsonl")
