@@ -148,7 +148,8 @@ PRESETS = {
     "7b": dict(model=SIZES["7b"], micro_rows=1, fsdp=True),
     "small": SMALL,
     # Relations instead of places ("a red circle above a blue square"): the model must bind two objects through one word.
-    "relations": SMALL | dict(data=SMALL["data"] | dict(grammar="relations", seq_len=100), max_steps=6500, eval_every=1000),
+    # Drawing that is the slow part here, so more pairs teach it.
+    "relations": SMALL | dict(data=SMALL["data"] | dict(grammar="relations", seq_len=104, caption_first=0.6), max_steps=4500, eval_every=1000),
     # For a GPU: 64x64 pictures of up to four objects with sizes, places, relations and backgrounds.
     "rich": SMALL | dict(
         model=SMALL["model"] | dict(dim=384, n_layers=8, n_heads=6), data=SMALL["data"] | dict(grammar="rich", image_size=64, seq_len=512),
