@@ -52,10 +52,11 @@ def test_learned_words_are_single_tokens(learned):
 
 
 def test_no_token_binds_what_must_vary_freely(learned):
-    """A token `red circle` would share nothing with a red square."""
+    """A token `red circle` would share nothing with a red square. A place is one thing: `at the top left` is a token."""
     words = [set(piece.decode(errors="replace").split()) for piece in learned.pieces]
-    free = [set(COLOURS), set(GRAMMARS["places"][0]), {"top", "bottom"}, {"left", "right"}]
+    free = [set(COLOURS), set(GRAMMARS["places"][0]), {"top", "bottom", "left", "right"}]
     assert all(sum(bool(found & names) for names in free) <= 1 for found in words)
+    assert b" at the top left" in learned.pieces
 
 
 def test_special_tokens_follow_the_pieces_and_decode_to_nothing(learned):
@@ -333,7 +334,7 @@ def source(preset, n_patches):
     return Documents(scenes, tokenizer, data, text=open_text(data, tokenizer), n_patches=n_patches)
 
 
-@pytest.mark.parametrize("preset, n_patches, steps", [("0.16b", 256, 12), ("small", 16, 40), ("relations", 16, 40)])
+@pytest.mark.parametrize("preset, n_patches, steps", [("0.16b", 256, 12), ("small", 4, 40), ("relations", 4, 40)])
 def test_scenes_fill_at_least_97_percent(preset, n_patches, steps):
     documents = source(preset, n_patches)
     data = documents.config

@@ -32,7 +32,7 @@ def free_port():
 
 def options(out, vae, **change):
     """A run whose four rows differ in how many text targets and images they hold; float32, so that sums compare."""
-    return flags(**TINY | dict(out=out, vae=vae, rows=4, max_steps=20, precision="fp32", image_first_max_t=0, lr=1e-4, warmup=1) | change)
+    return flags(**TINY | dict(out=out, vae=vae, rows=4, max_steps=20, precision="fp32", optimizer="adamw", image_first_max_t=0, lr=1e-4, warmup=1) | change)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def two_processes(one_process, trained_vae, tmp_path_factory):
     (folder / "resumed/vae.pt").write_bytes(Path(trained_vae).read_bytes())
     jobs = [dict(steps=STEPS, options=options(folder / "ddp", trained_vae, micro_rows=1)),
             dict(steps=STEPS, options=options(folder / "ddp_at_once", trained_vae, micro_rows=2)),
+            dict(steps=STEPS, options=options(folder / "muon", trained_vae, micro_rows=1, optimizer="muon")),
             dict(steps=STEPS, options=[*options(folder / "fsdp", trained_vae, micro_rows=1), "--fsdp"]),
             dict(steps=2, options=[*options(folder / "resumed", trained_vae), "--fsdp", "--resume"])]  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -118,6 +119,13 @@ def test_micro_batches_equal_one_batch(one_process, trained_vae, tmp_path):
     run, values = one_process
     accumulated = Run(*parse(options(tmp_path / "out", trained_vae, micro_rows=1)))
     assert_close([accumulated.train_step() for _ in range(STEPS)], values)
+
+
+def test_muon_too(two_processes, trained_vae, tmp_path):
+    run = Run(*parse(options(tmp_path / "out", trained_vae, optimizer="muon")))
+    assert_close(values_of(two_processes / "muon")["steps"], [run.train_step() for _ in range(STEPS)])
+    state = load_checkpoint(two_processes / "muon/checkpoint.pt")["optimizer"]["state"]
+    assert "momentum_buffer" in state["blocks.0.mlp.down.weight"] and "exp_avg" in state["head.weight"]
 
 
 def test_checkpoints_move_between_numbers_of_processes(one_process, two_processes, trained_vae, tmp_path):

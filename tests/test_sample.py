@@ -500,7 +500,7 @@ def checkpoint(talker, tmp_path_factory):
     trained = tiny_trained(talker, seq_len=100)
     trained.config["data"]["image_size"] = SIDE * vae.config.factor
     path = tmp_path_factory.mktemp("out") / "checkpoint.pt"
-    save_checkpoint(path, {"config": trained.config, "ema": talker.state_dict(), "tokenizer": [], "vae": vae.state_dict(), "vae_config": asdict(vae.config)})
+    save_checkpoint(path, {"config": trained.config, "ema": talker.state_dict(), "tokenizer": {"merges": []}, "vae": vae.state_dict(), "vae_config": asdict(vae.config)})
     return path
 
 
