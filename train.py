@@ -141,6 +141,7 @@ SMALL = dict(
     optimizer="muon",  # departs (AdamW): learns in a quarter of the steps which object is where
     rows=8, micro_rows=0, max_steps=1500, lr=3e-3, min_lr=0.0, warmup=100, log_every=100, eval_every=500, judged=200,
     beta2=0.98, ema=0.996,  # shorter memories for a shorter run
+    compile="off",  # which would take as long as the training
     steps=12, sampler="ddim",  # departs (250 ancestral): 25 steps drew no more prompts right than 12
 )  # fmt: skip
 PRESETS = {
@@ -255,7 +256,7 @@ def wrap(model, config, device):
 
 
 def compiles(config, device):
-    """Does this run compile its blocks? Of two minutes' training on a CPU, compiling would take a quarter: not by default."""
+    """Does this run compile its blocks? Not by default on a CPU, where that takes as long as it saves in some minutes."""
     return config.compile == "on" or config.compile == "auto" and device.type == "cuda"
 
 
@@ -271,11 +272,11 @@ def autocast(config, device):
 
 
 def mask_for(config, device):
-    """The function of (image_id, doc_id) that makes this run's masks."""
-    flex = config.attention == "flex" or config.attention == "auto" and device.type == "cuda" and compiles(config, device)
-    if flex and (device.type != "cuda" or not compiles(config, device)):
-        raise ValueError("--attention flex trains on CUDA only, and compiled; leave it at auto")
-    return flex_mask if flex else transfusion_mask
+    """The function of (image_id, doc_id) that makes this run's masks. FlexAttention wants whole blocks of 128 positions."""
+    possible = device.type == "cuda" and compiles(config, device) and config.data.seq_len % 128 == 0
+    if config.attention == "flex" and not possible:
+        raise ValueError("--attention flex needs CUDA, compiled blocks and a --seq_len that is a multiple of 128; leave it at auto")
+    return flex_mask if possible and config.attention != "sdpa" else transfusion_mask
 
 
 class Average:
@@ -443,6 +444,15 @@ def initial_model(config, tokenizer, start=None):
     return model
 
 
+def import_wandb():
+    """The optional package wandb. Raises ValueError if it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs a package that is not installed: pip install wandb") from None
+    return wandb
+
+
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of several processes, gathered in the first
 
 
@@ -456,7 +466,10 @@ class Run:
         if config.rows % (self.ranks * (config.micro_rows or 1)):
             raise ValueError(f"rows is {config.rows}; it must be a multiple of the {self.ranks} processes times micro_rows, {config.micro_rows or 1}")
         self.mask = mask_for(config, self.device)
-        torch.set_float32_matmul_precision("high")  # TF32 on CUDA, for what is not in bfloat16
+        if config.wandb:
+            import_wandb()  # if it is missing, say so now
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "log.jsonl").open("a").close()
@@ -512,7 +525,7 @@ class Run:
         if state:
             self._restore(state)
         self.log_file = (self.out / "log.jsonl").open("a" if state else "w") if self.rank == 0 else None  # only now that nothing can be wrong with the options
-        self.wandb = self._start_wandb() if config.wandb and self.rank == 0 else None
+        self.wandb = import_wandb().init(project=config.wandb, config=asdict(config), dir=self.out) if config.wandb and self.rank == 0 else None
 
     def say(self, text):
         """Print, once for all processes, and without cutting a progress bar in two."""
@@ -534,13 +547,6 @@ class Run:
         documents = Documents(pairs, self.tokenizer, config.data, config.diffusion.timesteps, config.seed, text, n_patches)
         stream = Stream(documents, config.data.seq_len, rows, n_patches, range(self.rank, rows, self.ranks))
         return Loader(stream, self.tokenizer, workers, batch_rows)
-
-    def _start_wandb(self):
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("--wandb needs a package that is not installed: pip install wandb") from None
-        return wandb.init(project=self.config.wandb, config=asdict(self.config), dir=self.out)
 
     # ---- one step ----
 

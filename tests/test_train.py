@@ -5,7 +5,9 @@ import json
 import os
 import re
 import signal
+import sys
 from dataclasses import asdict, fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +210,19 @@ def test_full_disk_while_saving_is_one_sentence(trained_vae, tmp_path, monkeypat
     assert load(run.checkpoint)
 
 
+def test_wandb_gets_what_the_log_gets(trained_vae, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    with pytest.raises(ValueError, match="pip install wandb"):
+        Run(config_of(tmp_path / "a", vae=trained_vae, wandb="project"))
+    seen, started = [], {}
+    logger = SimpleNamespace(log=lambda values, step: seen.append((step, values)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: started.update(options) or logger))
+    run = Run(config_of(tmp_path / "b", vae=trained_vae, wandb="project"))
+    run.log(run.train_step())
+    line = json.loads((tmp_path / "b/log.jsonl").read_text())
+    assert started["project"] == "project" and started["config"]["lr"] == run.config.lr and [(line.pop("step"), line)] == seen
+
+
 # ---- The recipe -----------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +297,7 @@ def complaint(script, *args):
     (["--qk_norm", "maybe"], "maybe"), (["--vae_channel_multiples", "1,x"], "1,x"), (["--lr"], "--lr"),
     (["--prediction", "x0"], "eps, v"), (["--device", "tpu"], "auto, cpu, cuda, mps"), (["--sampler", "euler"], "ddpm, ddim"),
     (["--grammar", "haiku"], "places, relations, rich"), (["--t_draw", "normal"], "uniform, logit_normal"), (["--drop_caption", "2"], "between 0 and 1"),
+    (["--attention", "flex"], "needs CUDA"), (["--fsdp"], "muon"), (["--optimizer", "sgd"], "adamw, muon"), (["--compile", "maybe"], "auto, on, off"),
     (["--rows", "0"], "rows"), (["--lr", "-1"], "lr"), (["--steps", "0"], "steps"), (["--dim", "50", "--n_heads", "3"], "multiple of 6"),
     (["--judged", "0"], "judged"),
 ], ids=lambda value: value if isinstance(value, str) else " ".join(value))  # fmt: skip
