@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -396,9 +396,7 @@ def prepare_vae(config, device, resume=False, own=None):
     path = Path(config.out) / "vae.pt"
     if not vae and resume and path.exists() and load_checkpoint(path).get("done"):
         return load_vae(path, device)
-    pairs = open_pairs(config.data, "train", config.seed)
-
-    skipped = Skipped("pictures", config.data.max_broken)
+    pairs, skipped = open_pairs(replace(config.data, latents=""), "train", config.seed), Skipped("pictures", config.data.max_broken)
 
     def pictures(first, n):
         return to_pixels(np.stack([pixels for _, pixels in readable(pairs, first, n, skipped)]))
