@@ -5,8 +5,11 @@ import pytest
 import torch
 from conftest import FIXTURES, run_here, tiny_model
 
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from attention_mask import transfusion_mask
-from model import SIZES, KVCache, Transfusion, TransfusionConfig, patchify, rope_table, rotate, unpatchify
+from model import SIZES, KVCache, Transfusion, TransfusionConfig, patchify, rope_table, rotate, training_flops, training_memory, unpatchify
 
 
 @pytest.mark.parametrize("channels, side, patch_size", [(8, 8, 2), (3, 6, 3), (4, 4, 1), (5, 8, 8)])
@@ -183,6 +186,35 @@ def test_bfloat16_on_cpu_stays_close():
             rough = model(*inputs)
     for a, b in zip(exact, rough):
         assert (a - b).norm() / a.norm() < 0.05
+
+
+def test_training_flops_equal_the_counters():
+    """Against torch's own counter of operations, which counts every query with every key: context = S, no block skipped."""
+    model = tiny_model(dim=64, n_heads=2, n_layers=3, mlp_multiple=64).train()
+    rows, length = 2, 48
+    h, positions = torch.randn(rows, length, 64, requires_grad=True), torch.arange(length).expand(rows, -1)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.head(model.trunk(h, positions, torch.ones(length, length, dtype=torch.bool).tril())).sum().backward()
+    assert counter.get_total_flops() == training_flops(model, context=length) * rows * length
+
+
+def test_training_memory_counts_what_autograd_keeps():
+    """Against the tensors that the forward pass saves, each storage once; on a CPU q, k and v are kept in float32, too."""
+    model = tiny_model(dim=128, n_heads=4, n_layers=4, mlp_multiple=128).train()
+    rows, length, kept = 2, 256, {}
+    h, positions = torch.randn(rows, length, 128, requires_grad=True), torch.arange(length).expand(rows, -1)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model.trunk(h, positions)
+    said = training_memory(model, 1, rows, length)["activations"] - rows * length * 10 * model.config.vocab_size
+    assert out.shape == h.shape and 0.6 < said / sum(kept.values()) < 1.1, (said, sum(kept.values()))
+    assert training_memory(model, 8, rows, length)["weights"] * 8 == sum(4 * p.numel() for p in model.parameters())
 
 
 def test_script_prints_the_sizes():
