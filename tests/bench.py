@@ -63,13 +63,16 @@ def table(title, header, rows):
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def training_step(model, compute_loss):
-    """A function that takes one step of AdamW on compute_loss()."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def training_step(optimizer, compute_loss):
+    """A function that takes one step on compute_loss()."""
 
     def step():
         compute_loss().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -89,9 +92,8 @@ def documents(rows, per_row, text, config, device):
     return batch.to(device), x_0, torch.randint(1, 1001, (len(x_0),), generator=generator).to(device), eps
 
 
-def transfusion_step(config, work, run_config, device, mask=transfusion_mask):
-    """(one training step of ours, the model)."""
-    model = Transfusion(config).to(device)
+def transfusion_step(model, optimizer, work, run_config, device, mask=transfusion_mask):
+    """One training step of ours."""
     called, ddpm = wrap(model, run_config, device), DDPM().to(device)
     batch, x_0, t, eps = work
 
@@ -100,7 +102,7 @@ def transfusion_step(config, work, run_config, device, mask=transfusion_mask):
             lm, per_image = losses(called, ddpm, batch, x_0, t, eps, mask)
         return lm / (batch.targets != NO_LOSS).sum() + 5 * per_image.mean()
 
-    return training_step(model, loss), model
+    return training_step(optimizer, loss)
 
 
 # ---- Training on a CPU, beside others -------------------------------------------------------------------------------
@@ -141,7 +143,7 @@ def peer_step(config, count, text):
     peer = Peer(num_text_tokens=256, dim_latent=patch_dim, modality_default_shape=(config.n_patches,),
                 transformer=dict(dim=config.dim, depth=config.n_layers, heads=config.n_heads, dim_head=config.dim // config.n_heads))  # fmt: skip
     work = [[torch.randint(0, 256, (text,)), torch.randn(config.n_patches, patch_dim)] for _ in range(count)]
-    return training_step(peer, lambda: peer(work)), peer
+    return training_step(adamw(peer), lambda: peer(work)), peer
 
 
 def training(args):
@@ -154,16 +156,20 @@ def training(args):
         work = documents(count, 1, text, config, device)
         tokens = work[0].tokens
         contestants, models = {}, {}
-        for label, run_config in (("ours, fp32", fp32), ("ours, bf16", bf16), *([("ours, bf16, compiled", Config(precision="bf16", compile="on"))] if args.compile else [])):
-            contestants[label], models[label] = transfusion_step(config, work, run_config, device)
+        ours, bare = Transfusion(config), BareLlama(config)
+        optimizers = adamw(ours), adamw(bare)  # one model and one optimizer for both precisions: two would fill a laptop's memory
+        for label, run_config in (("ours, fp32", fp32), ("ours, bf16", bf16)):
+            contestants[label], models[label] = transfusion_step(ours, optimizers[0], work, run_config, device), ours
+        if args.compile:
+            models["ours, bf16, compiled"] = compiled = Transfusion(config)
+            contestants["ours, bf16, compiled"] = transfusion_step(compiled, adamw(compiled), work, Config(precision="bf16", compile="on"), device)
         for label, run_config in (("bare Llama, fp32", fp32), ("bare Llama, bf16", bf16)):
-            models[label] = bare = BareLlama(config)
 
             def loss(bare=bare, run_config=run_config):
                 with autocast(run_config, device):
                     return F.cross_entropy(bare(tokens).flatten(0, 1).float(), tokens.flatten())
 
-            contestants[label] = training_step(bare, loss)
+            contestants[label], models[label] = training_step(optimizers[1], loss), bare
         if args.peer:
             contestants["transfusion-pytorch, fp32"], models["transfusion-pytorch, fp32"] = peer_step(config, count, text)
         seconds = alternate(contestants, args.rounds, warm_up=2)
@@ -201,7 +207,8 @@ def sizes(args):
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
-                step, model = transfusion_step(config, work, run_config, device, flex_mask if attention == "flex" else transfusion_mask)
+                model = Transfusion(config).to(device)
+                step = transfusion_step(model, adamw(model), work, run_config, device, flex_mask if attention == "flex" else transfusion_mask)
                 seconds = alternate({"step": step}, args.rounds, warm_up=3)["step"]
                 tokens = work[0].tokens.numel()
                 mfu = f"{tokens / seconds * training_flops(model, mean_context(work[0], config.n_patches)) / peak:6.1%}" if peak else f"{'-':>6}"
