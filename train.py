@@ -607,8 +607,8 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         self.average.update(min(config.ema, (1 + self.step) / (10 + self.step)))  # warmed up: the first weights are soon forgotten
         self.step += 1
-        self.context = mean_context(batches[0][0], config.model.n_patches)
-        return {"lm": lm, "ddpm": ddpm, "norm": norm, "lr": lr}
+        flops = config.rows * config.data.seq_len * training_flops(self.model, mean_context(batches[0][0], config.model.n_patches))
+        return {"lm": lm, "ddpm": ddpm, "norm": norm, "lr": lr, "flops": flops}
 
     @contextmanager
     def _synchronised(self, last):
@@ -718,7 +718,7 @@ def train(config, resume=False):
             values["ms"] = 1000 * (time.perf_counter() - started)
             values["tokens_per_s"] = config.rows * config.data.seq_len / values["ms"] * 1000
             if peak:
-                values["mfu"] = values["tokens_per_s"] * training_flops(run.model, run.context) / (peak * run.ranks)
+                values["mfu"] = 1000 * values["flops"] / values["ms"] / (peak * run.ranks)
             bar.update()
             if run.step % config.log_every == 0 or run.step == config.max_steps:
                 run.log(values)

@@ -1,0 +1,194 @@
+"""The paper's comparisons (sections 4.2 and 4.3, figure 5) at toy scale: train every variant, judge it exactly, print the tables.
+
+    python tests/ablations.py                                every table with three seeds: hours on two CPU cores
+    python tests/ablations.py --tables attention --seeds 0
+    python tests/ablations.py --steps 30 --judged 8          in minutes: does everything run?
+
+A cell is one variant with one seed, trained and scored by train.py in out/ablations/<variant>. A finished cell is not trained
+again, and one that was cut off goes on where it was. All rows of a table get the same compute: --steps is the number of steps of
+the table's yardstick, and every other row takes as many steps as cost the same training FLOPs. The two autoencoders,
+continuous and discrete, are trained once and shared by all cells.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# ---- What is compared: the words after `python train.py` ------------------------------------------------------------------
+
+PAPER = "--config small --patch_size 2"  # the paper's 2 x 2 linear patches, bidirectional, noise limit 500: the yardstick
+CHAMELEON = "--config chameleon"
+TABLES = {
+    "models": {"Transfusion": PAPER, "Chameleon": CHAMELEON},
+    "attention": {
+        "linear, causal": f"{PAPER} --image_attention causal",
+        "linear, bidirectional": PAPER,
+        "U-Net, causal": f"{PAPER} --patch_encoder unet --image_attention causal",
+        "U-Net, bidirectional": f"{PAPER} --patch_encoder unet",
+    },
+    "patches": {
+        "linear, 1x1": "--config small --patch_size 1",
+        "linear, 2x2": PAPER,
+        "linear, 4x4": "--config small --patch_size 4",
+        "linear, 8x8": "--config small --patch_size 8",
+        "U-Net, 1x1": "--config small --patch_size 1 --patch_encoder unet",
+        "U-Net, 2x2": f"{PAPER} --patch_encoder unet",
+        "U-Net, 4x4": "--config small --patch_size 4 --patch_encoder unet",
+        "U-Net, 8x8": "--config small --patch_size 8 --patch_encoder unet",
+    },
+    "noise": {"t <= 1000": f"{PAPER} --image_first_max_t 1000", "t <= 500": PAPER},
+}
+SIZES = ["--dim 64 --n_layers 3 --n_heads 2", "--dim 96 --n_layers 4 --n_heads 3", "", "--dim 192 --n_layers 8 --n_heads 6"]  # "": the preset's
+COMMON = "--seq_len 256 --rows 4 --eval_every 1000000"  # rows long enough to hold three pictures of 64 patches
+
+
+# ---- Cells --------------------------------------------------------------------------------------------------------------
+
+
+def call(words, log=None):
+    """Run one of the project's scripts as a user would, on one thread. Exits, with the end of its output, if it fails."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if log:
+        log.write_text(done.stdout)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, words))}\n{done.stdout[-2000:]}\nfailed")
+
+
+def arguments(variant, out):
+    """A variant's words for train.py, with its autoencoder."""
+    vae = out / ("vqvae" if CHAMELEON in variant else "vae") / "vae.pt"
+    return [*variant.split(), *COMMON.split(), "--vae", str(vae)]
+
+
+@cache
+def flops_per_step(variant, out):
+    """Training FLOPs of a step of a variant, measured on the first batches of its own stream."""
+    from train import Run, parse
+
+    run = Run(parse([*arguments(variant, out), "--out", str(out / "flops"), "--eval_documents", "1"])[0])
+    return float(np.mean([run.train_step()["flops"] for _ in range(5)]))
+
+
+def folder(variant, seed, out):
+    words = variant.replace("--config ", "").replace("--", "").split()
+    return out / "-".join([*words, f"seed{seed}"])
+
+
+def train_cell(variant, yardstick, seed, args):
+    """Train and score one cell, unless that is done."""
+    place = folder(variant, seed, args.out)
+    if not (place / "scores.json").exists():
+        steps = round(args.steps * flops_per_step(yardstick, args.out) / flops_per_step(variant, args.out))
+        words = ["train.py", *arguments(variant, args.out), "--seed", seed, "--max_steps", steps, "--judged", args.judged, "--out", place, "--resume"]
+        place.mkdir(parents=True, exist_ok=True)
+        call([str(word) for word in words], place / "output.txt")
+    result = scores(place)
+    print(f"{place.name}: prompts {result['prompts']:.1f}, captions {result['captions']:.1f}, perplexity {result['perplexity']:.3f}", flush=True)
+
+
+def scores(place):
+    """What a finished cell measured: shares in % on held-out combinations, perplexity per token, training FLOPs, steps."""
+    found = json.loads((place / "scores.json").read_text())["splits"]["held_out"]
+    steps = [line for line in map(json.loads, (place / "log.jsonl").read_text().splitlines()) if "flops" in line]
+    return {"prompts": 100 * found["prompts"]["all"], "captions": 100 * found["captions"]["all"], "perplexity": found["perplexity_per_token"],
+            "flops": steps[-1]["step"] * np.mean([line["flops"] for line in steps]), "steps": steps[-1]["step"]}  # fmt: skip
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def spread(values, digits=1):
+    """Mean and range, as a table shows them."""
+    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def print_table(name, rows, args):
+    print(f"\n### {name}: mean and range of seeds {', '.join(map(str, args.seeds))}; {args.judged} held-out prompts and captions each\n")
+    print("| | prompts right, % | captions right, % | perplexity per token | steps | training TFLOPs |\n|---|---|---|---|---|---|")
+    for row, variant in rows.items():
+        cells = [scores(folder(variant, seed, args.out)) for seed in args.seeds]
+        column = {key: [cell[key] for cell in cells] for key in cells[0]}
+        print(f"| {row} | {spread(column['prompts'])} | {spread(column['captions'])} | {spread(column['perplexity'], 3)} | {column['steps'][0]} | {np.mean(column['flops']) / 1e12:.2f} |")
+
+
+def print_sampling_time(rows, args):
+    """Seconds a picture, the models in alternation."""
+    import torch
+
+    from bench import alternate
+    from data import Scenes
+    from sample import generate, load
+
+    torch.set_num_threads(1)
+    captions = [[Scenes(split="held_out").pair(i)[0]] for i in range(16)]
+    models = {row: load(folder(variant, args.seeds[0], args.out)) for row, variant in rows.items()}
+    seconds = alternate({row: lambda model=model: generate(model, captions, max_tokens=0) for row, model in models.items()}, 5, warm_up=1)
+    print("\nSampling, 16 pictures at once on one thread: " + ", ".join(f"{row} {1000 * s / len(captions):.0f} ms a picture" for row, s in seconds.items()))
+
+
+def draw_scaling(args, rows):
+    """Figure 5 of the paper: each model size is a point, its training FLOPs across, a score upwards."""
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError:
+        raise SystemExit("error: the figure needs a package that is not installed: pip install matplotlib") from None
+    panels = {"prompts": "prompts right, %", "captions": "captions right, %", "perplexity": "perplexity per token"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.2), layout="constrained")
+    for (score, label), ax in zip(panels.items(), axes):
+        for (name, variants), colour in zip(rows.items(), ("tab:blue", "tab:orange")):
+            cells = [[scores(folder(variant, seed, args.out)) for seed in args.seeds] for variant in variants]
+            flops, values = ([[cell[key] for cell in size] for size in cells] for key in ("flops", score))
+            ax.plot(np.mean(flops, axis=1), np.mean(values, axis=1), "o-", color=colour, label=name)
+            ax.scatter(np.ravel(flops), np.ravel(values), s=8, color=colour, alpha=0.5)
+        ax.set(xscale="log", xlabel="training FLOPs", title=label)
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(args.figure, dpi=110)
+    print(f"\nwrote {args.figure}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=[*TABLES, "scaling"], default=[*TABLES, "scaling"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=600, help="of the yardstick (default 600)")
+    parser.add_argument("--judged", type=int, default=200, help="prompts and captions (default 200)")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, a thread each (default 2)")
+    parser.add_argument("--out", type=Path, default=ROOT / "out/ablations")
+    parser.add_argument("--figure", type=Path, default=ROOT / "assets/scaling.png")
+    args = parser.parse_args()
+    scaling = {name: [f"{variant} {size}".strip() for size in SIZES] for name, variant in TABLES["models"].items()}
+    work = [(variant, PAPER) for table in args.tables if table in TABLES for variant in TABLES[table].values()]
+    if "scaling" in args.tables:  # each size has a compute of its own, that of its Transfusion
+        work += [(variant, yardstick) for variants in scaling.values() for variant, yardstick in zip(variants, scaling["Transfusion"])]
+    work = list(dict.fromkeys(work))
+    for preset, name in ((PAPER, "vae"), (CHAMELEON, "vqvae")):
+        if any(preset.split()[1] in variant.split() for variant, _ in work + [(PAPER, PAPER)]) and not (args.out / name / "vae.pt").exists():
+            call(["vae.py", *preset.split()[:2], "--out", str(args.out / name)])
+    for variant, yardstick in work:
+        flops_per_step(variant, args.out), flops_per_step(yardstick, args.out)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for cell in [pool.submit(train_cell, variant, yardstick, seed, args) for seed in args.seeds for variant, yardstick in work]:
+            cell.result()
+    for table in args.tables:
+        if table in TABLES:
+            print_table(table, TABLES[table], args)
+    if "models" in args.tables:
+        print_sampling_time(TABLES["models"], args)
+    if "scaling" in args.tables:
+        print_table("scaling", {f"{name}, {size or 'the preset'}": variant for name, variants in scaling.items() for size, variant in zip(SIZES, variants)}, args)
+        draw_scaling(args, scaling)
+
+
+if __name__ == "__main__":
+    main()
