@@ -429,7 +429,7 @@ def initial_model(config, tokenizer, start=None):
     c = config.model
     if start:
         theirs = asdict(start.model.config) | {"prediction": start.config["diffusion"]["prediction"]}
-        for name, ours in (("patch_size", c.patch_size), ("prediction", config.diffusion.prediction)):
+        for name, ours in (("patch_size", c.patch_size), ("patch_encoder", c.patch_encoder), ("prediction", config.diffusion.prediction)):
             if theirs[name] != ours:
                 raise ValueError(f"--init_from {config.init_from}: was trained with {name} {theirs[name]}; give --{name} {theirs[name]}")
         model = start.model.train()
@@ -607,7 +607,8 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         self.average.update(min(config.ema, (1 + self.step) / (10 + self.step)))  # warmed up: the first weights are soon forgotten
         self.step += 1
-        self.context = mean_context(batches[0][0], config.model.n_patches)
+        batch = batches[0][0]
+        self.context, self.images = mean_context(batch, config.model.n_patches), len(batch.max_t) / batch.tokens.numel()  # of a position
         return {"lm": lm, "ddpm": ddpm, "norm": norm, "lr": lr}
 
     @contextmanager
@@ -718,7 +719,7 @@ def train(config, resume=False):
             values["ms"] = 1000 * (time.perf_counter() - started)
             values["tokens_per_s"] = config.rows * config.data.seq_len / values["ms"] * 1000
             if peak:
-                values["mfu"] = values["tokens_per_s"] * training_flops(run.model, run.context) / (peak * run.ranks)
+                values["mfu"] = values["tokens_per_s"] * training_flops(run.model, run.context, run.images) / (peak * run.ranks)
             bar.update()
             if run.step % config.log_every == 0 or run.step == config.max_steps:
                 run.log(values)
