@@ -299,21 +299,17 @@ class UNetPatches(nn.Module):
         depth, t_dim = c.patch_size.bit_length() - 1, c.unet_channels
         widths = [c.unet_channels >> (depth - level) for level in range(depth + 1)]  # level 0: the latents' resolution; the last: the patches'
         self.timestep = TimestepEmbedding(t_dim, t_dim)
-        self.enter, self.down, self.up, self.leave = (nn.ModuleList() for _ in range(4))  # of every level; `up` and `leave` from the last to the first
+        self.enter, self.down, self.up, self.leave = (nn.ModuleList() for _ in range(4))  # of every level
         for level, width in enumerate(widths):
-            above = widths[level - 1] if level else width
+            above = widths[max(0, level - 1)]
             self.enter.append(Downsample(above) if level else nn.Conv2d(c.latent_channels, width, 3, padding=1))
             self.down.append(nn.ModuleList(UNetBlock(width if n else above, width, t_dim) for n in range(c.unet_blocks)))
-        self.encoder, self.decoder = nn.Linear(widths[-1], c.dim), nn.Linear(c.dim, widths[-1])
-        for level, width in reversed(list(enumerate(widths))):
             self.up.append(nn.ModuleList(UNetBlock(2 * width, width, t_dim) for _ in range(c.unet_blocks)))
-            if level:
-                self.leave.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, widths[level - 1], 3, padding=1)))
-            else:
-                self.leave.append(nn.Sequential(norm(width), nn.SiLU(), nn.Conv2d(width, c.latent_channels, 3, padding=1)))
-        self.norm = norm(widths[-1])
+            last = nn.Conv2d(width, above if level else c.latent_channels, 3, padding=1)
+            self.leave.append(nn.Sequential(nn.Upsample(scale_factor=2), last) if level else nn.Sequential(norm(width), nn.SiLU(), last))
+        self.norm, self.encoder, self.decoder = norm(widths[-1]), nn.Linear(widths[-1], c.dim), nn.Linear(c.dim, widths[-1])
         # As is usual, every block begins as its skip connection, and the noise predicted at first is zero.
-        for last in [block.conv2 for blocks in [*self.down, *self.up] for block in blocks] + [self.leave[-1][-1]]:
+        for last in [block.conv2 for blocks in [*self.down, *self.up] for block in blocks] + [self.leave[0][-1]]:
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
@@ -332,7 +328,7 @@ class UNetPatches(nn.Module):
         outputs, t = skips
         outputs = reversed(outputs)
         h = rearrange(self.decoder(h), "n (h w) c -> n c h w", h=self.config.latent_size // self.config.patch_size)
-        for blocks, leave in zip(self.up, self.leave):
+        for blocks, leave in zip(reversed(self.up), reversed(self.leave)):
             for block in blocks:
                 h = block(torch.cat([h, next(outputs)], dim=1), t)
             h = leave(h)
@@ -342,9 +338,9 @@ class UNetPatches(nn.Module):
         """Per image, on the way in and out: every weight of a matrix, as often as it is used; of a convolution, at every pixel."""
         pixels = [(self.config.latent_size >> level) ** 2 for level in range(len(self.down))]
         n = self.config.n_patches * weights_of(self.encoder, self.decoder) + weights_of(self.timestep)
-        for level, parts in enumerate(zip(self.enter, self.down, reversed(self.up))):
-            n += pixels[level] * weights_of(*parts, ndim=4) + weights_of(*parts)
-        return n + sum(pixels[max(0, level - 1)] * weights_of(leave, ndim=4) for level, leave in enumerate(reversed(self.leave)))
+        for level, (enter, down, up, leave) in enumerate(zip(self.enter, self.down, self.up, self.leave)):
+            n += pixels[level] * weights_of(enter, down, up, ndim=4) + weights_of(down, up) + pixels[max(0, level - 1)] * weights_of(leave, ndim=4)
+        return n
 
 
 
