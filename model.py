@@ -3,6 +3,7 @@
     tokens  --embedding-----------------------------+                     +--head------------> logits
                                                     +--> Llama blocks ----+
     x_t, t  --patchify, + timestep, linear ---------+    mask, RoPE       +--linear, unpatchify-> predicted noise
+            --or: U-Net down blocks-----------------+         skips       +--U-Net up blocks----> predicted noise
 
 Text and patches have their own ways in and out; everything between is shared. Read `Transfusion.forward` first, then up
 from `Block`. Sampling uses the same pieces one modality at a time, with a `KVCache`.
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from vae import read_json, read_safetensors
+from vae import Downsample, ResBlock, norm, read_json, read_safetensors
 
 
 @dataclass
@@ -40,6 +41,9 @@ class TransfusionConfig:
     norm_eps: float = 1e-5
     qk_norm: bool = False  # RMSNorm on queries and keys: not in the paper's model, steadier at high learning rates
     patch_size: int = 2  # k: k x k latent pixels make one patch
+    patch_encoder: str = "linear"  # the paper's alternatives: linear, or unet
+    unet_channels: int = 1024  # width of the U-Net where a pixel is a patch; each doubling of the resolution halves it
+    unet_blocks: int = 4  # residual blocks of the U-Net at each resolution, on the way in and again on the way out
     vocab_size: int = 32000
     latent_channels: int = 8
     latent_size: int = 32  # latent pixels a side
@@ -54,6 +58,15 @@ class TransfusionConfig:
             raise ValueError(f"rope_scaling is {self.rope_scaling}; it must be four numbers, as in 8,1,4,8192")
         if self.latent_size % self.patch_size:
             raise ValueError(f"patch_size is {self.patch_size}; it must divide the latent image's side, {self.latent_size}")
+        if self.patch_encoder not in ("linear", "unet"):
+            raise ValueError(f"patch_encoder is {self.patch_encoder!r}; it must be linear or unet")
+        if self.patch_encoder == "unet":
+            if self.patch_size & (self.patch_size - 1):
+                raise ValueError(f"patch_size is {self.patch_size}; a U-Net halves the resolution, so it must be 1, 2, 4, 8 or another power of two")
+            if self.unet_blocks < 1:
+                raise ValueError(f"unet_blocks is {self.unet_blocks}; it must be at least 1")
+            if self.unet_channels < 1 or self.unet_channels != 16 * self.patch_size and self.unet_channels % (32 * self.patch_size):
+                raise ValueError(f"unet_channels is {self.unet_channels}; with patch_size {self.patch_size} it must be {16 * self.patch_size}, or a multiple of {32 * self.patch_size}")
 
     @property
     def n_patches(self):
@@ -228,6 +241,11 @@ def unpatchify(patches, patch_size, latent_size):
     return rearrange(patches, "n (h w) (p q c) -> n c (h p) (w q)", p=patch_size, q=patch_size, h=latent_size // patch_size)
 
 
+def weights_of(*modules, ndim=2):
+    """How many weights the matrices (ndim 2) or the convolutions (ndim 4) of these modules have."""
+    return sum(p.numel() for module in modules for p in module.parameters() if p.ndim == ndim)
+
+
 class LinearPatches(nn.Module):
     """The paper's alternative (a): one linear layer into the transformer, with the timestep added to every patch vector
     before it (footnote 6), and one linear layer out."""
@@ -241,12 +259,88 @@ class LinearPatches(nn.Module):
         self.decoder = nn.Linear(config.dim, patch_dim)
 
     def encode(self, x_t, t):
-        """(N, C, H, W), (N,) -> (N, P, dim)."""
-        return self.encoder(patchify(x_t, self.config.patch_size) + self.timestep(t)[:, None])
+        """(N, C, H, W), (N,) -> (N, P, dim), and nothing that `decode` needs besides."""
+        return self.encoder(patchify(x_t, self.config.patch_size) + self.timestep(t)[:, None]), None
 
-    def decode(self, h):
+    def decode(self, h, skips):
         """(N, P, dim) -> (N, C, H, W)."""
         return unpatchify(self.decoder(h), self.config.patch_size, self.config.latent_size)
+
+    def multiplications(self):
+        """Per image, on the way in and out: every weight of a matrix, as often as it is used."""
+        return self.config.n_patches * weights_of(self.encoder, self.decoder) + weights_of(self.timestep)
+
+
+class UNetBlock(ResBlock):
+    """A residual block into which the timestep is added, as in DDPM's U-Net (Ho et al. 2020)."""
+
+    def __init__(self, in_channels, out_channels, timestep_dim):
+        super().__init__(in_channels, out_channels)
+        self.timestep = nn.Linear(timestep_dim, out_channels)
+
+    def forward(self, x, t):
+        h = self.conv1(F.silu(self.norm1(x))) + self.timestep(t)[:, :, None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class UNetPatches(nn.Module):
+    """The paper's alternative (b): the halves of a U-Net, with the transformer between them. Residual blocks take the latents
+    down to where a pixel is a patch, one halving for each factor of 2 in the patch size, and back up; each block on the way
+    up also sees what its counterpart on the way down made, through a skip connection. Norms are plain group norms
+    (footnote 7), without the timestep.
+
+    The paper gives no widths. Here a level is half as wide as the one below it, so that all cost the same, and there is no
+    attention, which the transformer has. The defaults make 0.27B parameters at 7B; the U-Net is the same at all sizes.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        depth, t_dim = c.patch_size.bit_length() - 1, c.unet_channels
+        widths = [c.unet_channels >> (depth - level) for level in range(depth + 1)]  # level 0: the latents' resolution; the last: the patches'
+        self.timestep = TimestepEmbedding(t_dim, t_dim)
+        self.enter, self.down, self.up, self.leave = (nn.ModuleList() for _ in range(4))  # of every level
+        for level, width in enumerate(widths):
+            above = widths[max(0, level - 1)]
+            self.enter.append(Downsample(above) if level else nn.Conv2d(c.latent_channels, width, 3, padding=1))
+            self.down.append(nn.ModuleList(UNetBlock(width if n else above, width, t_dim) for n in range(c.unet_blocks)))
+            self.up.append(nn.ModuleList(UNetBlock(2 * width, width, t_dim) for _ in range(c.unet_blocks)))
+            last = nn.Conv2d(width, above if level else c.latent_channels, 3, padding=1)
+            self.leave.append(nn.Sequential(nn.Upsample(scale_factor=2), last) if level else nn.Sequential(norm(width), nn.SiLU(), last))
+        self.norm, self.encoder, self.decoder = norm(widths[-1]), nn.Linear(widths[-1], c.dim), nn.Linear(c.dim, widths[-1])
+        # As is usual, every block begins as its skip connection, and the noise predicted at first is zero.
+        for last in [block.conv2 for blocks in [*self.down, *self.up] for block in blocks] + [self.leave[0][-1]]:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def encode(self, x_t, t):
+        """(N, C, H, W), (N,) -> (N, P, dim), and what `decode` needs besides: every block's output, and the timestep's embedding."""
+        h, t, outputs = x_t, F.silu(self.timestep(t)), []
+        for enter, blocks in zip(self.enter, self.down):
+            h = enter(h)
+            for block in blocks:
+                h = block(h, t)
+                outputs.append(h)
+        return self.encoder(rearrange(self.norm(h), "n c h w -> n (h w) c")), (outputs, t)
+
+    def decode(self, h, skips):
+        """(N, P, dim), and what `encode` kept -> (N, C, H, W)."""
+        outputs, t = skips
+        outputs = reversed(outputs)
+        h = rearrange(self.decoder(h), "n (h w) c -> n c h w", h=self.config.latent_size // self.config.patch_size)
+        for blocks, leave in zip(reversed(self.up), reversed(self.leave)):
+            for block in blocks:
+                h = block(torch.cat([h, next(outputs)], dim=1), t)
+            h = leave(h)
+        return h
+
+    def multiplications(self):
+        """Per image, on the way in and out: every weight of a matrix, as often as it is used; of a convolution, at every pixel."""
+        pixels = [(self.config.latent_size >> level) ** 2 for level in range(len(self.down))]
+        n = self.config.n_patches * weights_of(self.encoder, self.decoder) + weights_of(self.timestep)
+        for level, (enter, down, up, leave) in enumerate(zip(self.enter, self.down, self.up, self.leave)):
+            n += pixels[level] * weights_of(enter, down, up, ndim=4) + weights_of(down, up) + pixels[max(0, level - 1)] * weights_of(leave, ndim=4)
+        return n
 
 
 class Transfusion(nn.Module):
@@ -256,7 +350,7 @@ class Transfusion(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.patches = LinearPatches(config)
+        self.patches = UNetPatches(config) if config.patch_encoder == "unet" else LinearPatches(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.checkpoint_activations = False  # True: keep each block's input only, and run the block again in the backward pass
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -274,14 +368,14 @@ class Transfusion(nn.Module):
             nn.init.zeros_(module.bias)
 
     def embed(self, tokens, image_id, x_t, t):
-        """Tokens and noised images -> the input of the trunk (B, S, dim), and where its patches are: (N P,) indices into
-        the flattened B S positions, in reading order."""
+        """Tokens and noised images -> the input of the trunk (B, S, dim); where its patches are: (N P,) indices into the
+        flattened B S positions, in reading order; and the skip connections to their decoder."""
         h = self.embedding(tokens).float()  # the residual stream stays in float32, whatever the weights are kept in
         is_patch = image_id >= 0
         # A stable sort brings the patches to the front in reading order; unlike boolean indexing, its shape is known ahead.
         slots = torch.argsort(~is_patch.flatten(), stable=True)[: x_t.shape[0] * self.config.n_patches]
-        patches = self.patches.encode(x_t, t).to(h.dtype)
-        return h.flatten(0, 1).index_copy(0, slots, patches.flatten(0, 1)).view_as(h), slots
+        patches, skips = self.patches.encode(x_t, t)
+        return h.flatten(0, 1).index_copy(0, slots, patches.to(h.dtype).flatten(0, 1)).view_as(h), slots, skips
 
     def trunk(self, h, positions, mask=None, cache=None):
         """The shared blocks and the final norm: h (B, S, dim), positions (B, S) -> (B, S, dim). mask: bool, True = may
@@ -303,10 +397,10 @@ class Transfusion(nn.Module):
         x_t: (N, C, H, W), the noised latents of the batch's images in reading order; t: (N,), their timesteps, 0 = clean
         Returns logits (B, S, vocab_size) and the prediction for each image (N, C, H, W).
         """
-        h, slots = self.embed(tokens, image_id, x_t, t)
+        h, slots, skips = self.embed(tokens, image_id, x_t, t)
         h = self.trunk(h, positions, mask)
         patches = h.flatten(0, 1)[slots].unflatten(0, (-1, self.config.n_patches))
-        return self.head(h), self.patches.decode(patches)
+        return self.head(h), self.patches.decode(patches, skips)
 
 
 # ---- Starting from Llama --------------------------------------------------------------------------------------------
@@ -407,17 +501,17 @@ def freeze_text(model, new_tokens):
 # ---- What a size costs ----------------------------------------------------------------------------------------------
 
 
-def training_flops(model, context):
-    """FLOPs of a training step per position, forward and backward; context: how many positions a position sees, on average.
+def training_flops(model, context, images=0.0):
+    """FLOPs of a training step per position, forward and backward; context: how many positions a position sees, on average;
+    images: how many there are per position.
 
     A matrix of n weights costs a position n multiplications and n additions, 2n, forward; backward twice that (a gradient
-    for its input, one for itself): 6n. The matrices are those of the blocks and the head; the embedding is a look-up, and
-    the patch layers are left out (below 0.1 %). Attention compares a query with `context` keys and sums as many values,
+    for its input, one for itself): 6n. The matrices are those of the blocks and the head, and for each image those of its
+    ways in and out; the embedding is a look-up. Attention compares a query with `context` keys and sums as many values,
     each dim wide: 2 (dim + dim) context a layer forward, three times that in all.
     """
     c = model.config
-    n = sum(p.numel() for part in (model.blocks, model.head) for p in part.parameters() if p.ndim == 2)
-    return 6 * n + 12 * c.n_layers * c.dim * context
+    return 6 * (weights_of(model.blocks, model.head) + images * model.patches.multiplications()) + 12 * c.n_layers * c.dim * context
 
 
 def training_memory(model, gpus, rows, seq_len, checkpoint_activations=False):
@@ -435,16 +529,19 @@ def training_memory(model, gpus, rows, seq_len, checkpoint_activations=False):
 
 if __name__ == "__main__":
     context, tokens, mfu, peak = (4096 + 1) / 2, 0.5e12, 0.5, 989e12
-    print("  size   layers   dim  heads    MLP |  blocks  embedding + head  sum (B)  patches | GFLOPs/token | days of one H100")
+    print("  size   layers   dim  heads    MLP |  blocks  embedding + head  sum (B) | linear   U-Net | GFLOPs/token | days of one H100")
     models = {}
     for name, size in SIZES.items():
         with torch.device("meta"):  # shapes without storage
             model = models[name] = Transfusion(TransfusionConfig(**size))
-        count = {part: sum(p.numel() for p in getattr(model, part).parameters()) / 1e9 for part in ("blocks", "embedding", "head", "patches")}
+            unet = UNetPatches(TransfusionConfig(**size, patch_encoder="unet"))
+        parts = {"blocks": model.blocks, "embedding": model.embedding, "head": model.head, "linear": model.patches, "unet": unet}
+        count = {name: sum(p.numel() for p in part.parameters()) / 1e9 for name, part in parts.items()}
         c, flops = model.config, training_flops(model, context)
         llama = count["blocks"] + count["embedding"] + count["head"]
         print(f"{name:>6}  {c.n_layers:6}  {c.dim:5}  {c.n_heads:5}  {c.mlp_dim:5} | {count['blocks']:7.3f}  {llama - count['blocks']:16.3f}"
-              f"  {llama:7.3f}  {count['patches']:7.4f} | {flops / 1e9:12.2f} | {tokens * flops / (mfu * peak) / 86400:15,.0f}")  # fmt: skip
+              f"  {llama:7.3f} | {count['linear']:6.4f}  {count['unet']:6.4f} | {flops / 1e9:12.2f} | {tokens * flops / (mfu * peak) / 86400:15,.0f}")  # fmt: skip
+    print("linear, U-Net: billions of parameters in the ways in and out of patches, for patches of 2 x 2.")
     print("GFLOPs/token: forward and backward, sequences of 4096, plain causal attention. Days: the paper's 0.5T tokens at 50 % MFU of 989 TFLOP/s")
     print("(dense bfloat16 of an H100 or H200); divide by the number of GPUs.\n")
     print("GB per GPU, one row of 4096 tokens at a time; the states are shared by all GPUs (--fsdp). In brackets: with --checkpoint_activations")

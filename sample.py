@@ -176,7 +176,7 @@ class Decoder:
         batch = collate([[row.prompt] for row in rows], self.tokenizer, max(row.position for row in rows), self.n_patches).to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             x_0 = self.trained.vae.encode(batch.images) if len(batch.images) else torch.zeros(0, *self.shape, device=self.device)
-        h, _ = self.model.embed(batch.tokens, batch.image_id, x_0, torch.zeros(len(x_0), dtype=torch.long, device=self.device))
+        h, *_ = self.model.embed(batch.tokens, batch.image_id, x_0, torch.zeros(len(x_0), dtype=torch.long, device=self.device))
         # Padding comes last, so nothing looks at it; rows of text alone share one mask.
         mask = transfusion_mask(batch.image_id if len(x_0) else batch.image_id[:1])
         h = self.run(h, [self.branches * p for p in places], [0] * len(rows), mask)
@@ -314,8 +314,8 @@ class Decoder:
 
 def denoise(model, cache, x, t, positions, mask):
     """What the model predicts for the images x (N, C, H, W) at timesteps t (N,), given what is in the cache -> (N, C, H, W)."""
-    h = model.patches.encode(x, t)
-    return model.patches.decode(model.trunk(h, positions, mask, cache)).float()
+    h, skips = model.patches.encode(x, t)
+    return model.patches.decode(model.trunk(h, positions, mask, cache), skips).float()
 
 
 @cache

@@ -51,13 +51,16 @@ class PixelVAE:
 
 
 def tiny_model(seed=0, scale=1.0, side=SIDE, vocab_size=Tokenizer().vocab_size, **more):
-    """A small Transfusion with random weights. scale: multiplies them; at 1 a fresh model is close to constant."""
+    """A small Transfusion with random weights. scale: multiplies matrices; at 1 a fresh model is close to constant. The U-Net's
+    convolutions, of which a fresh model has some at zero, are all drawn."""
     torch.manual_seed(seed)
-    sizes = dict(dim=32, n_layers=2, n_heads=2, mlp_multiple=32, vocab_size=vocab_size, latent_channels=3, latent_size=side)
+    sizes = dict(dim=32, n_layers=2, n_heads=2, mlp_multiple=32, vocab_size=vocab_size, latent_channels=3, latent_size=side, unet_channels=32, unet_blocks=1)
     model = Transfusion(TransfusionConfig(**sizes | more)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim > 1:
+            if p.ndim == 4:
+                torch.nn.init.xavier_normal_(p)
+            elif p.ndim > 1:
                 p.mul_(scale)
     return model
 

@@ -9,6 +9,7 @@ llama.npz      a tiny LlamaForCausalLM: random weights in float16, tokens, and i
 llamas.npz     config.json, names of weights, and the logits of four kinds of LlamaForCausalLM; weights by conftest.drawn_weights
 vaes.npz       the same of four AutoencoderKLs (diffusers 0.42): a picture, its latents' mean and log-variance, and what is decoded
                from the mean; also the names of one VAE's weights in latent diffusion's layout, which diffusers converts
+unet.npz       one of DDPM's residual blocks with a timestep (diffusers' ResnetBlock2D, 0.42): names of weights, input and output
 metrics.json   CIDEr-D of invented captions (pycocoevalcap 1.2); Frechet distances of random features (torchmetrics; scipy's sqrtm)
 """
 
@@ -20,6 +21,7 @@ import torch
 from conftest import drawn_weights, frechet_features
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from diffusers.models.resnet import ResnetBlock2D
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 from scipy.linalg import sqrtm
 from torchmetrics.image.fid import _compute_fid
@@ -217,6 +219,16 @@ def vaes():
     np.savez_compressed(HERE / "vaes.npz", **found)
 
 
+def unet_block():
+    block = ResnetBlock2D(in_channels=16, out_channels=32, temb_channels=24, groups=4, groups_out=8)
+    shapes = shapes_of(block.state_dict())
+    block.load_state_dict(drawn_weights(shapes))
+    draw = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 16, 8, 8, generator=draw).half().float(), torch.randn(2, 24, generator=draw)
+    with torch.no_grad():
+        np.savez_compressed(HERE / "unet.npz", x=x.half().numpy(), t=t.numpy(), y=block(x, t).numpy(), shapes=json.dumps(shapes))
+
+
 def metrics():
     draw = np.random.default_rng(0)
     vocabulary = "a the dog cat man woman rides sits on under near red big bench bicycle street 's".split()
@@ -245,5 +257,6 @@ if __name__ == "__main__":
     llama()
     llamas()
     vaes()
+    unet_block()
     metrics()
     print({p.name: f"{p.stat().st_size / 1000:.1f} kB" for p in sorted(HERE.iterdir())})

@@ -80,10 +80,10 @@ SECOND, PADDING = 16, 24
 LENGTH = 26
 
 
-@pytest.fixture(scope="module")
-def outputs():
+@pytest.fixture(scope="module", params=["linear", "unet"])
+def outputs(request):
     """A function from what may be perturbed to (logits (S, vocab), predictions (3, 4 patches, values)) of that row."""
-    model = tiny_model(scale=8.0, side=4)
+    model = tiny_model(scale=8.0, side=4, patch_encoder=request.param)
     image_id, doc_id = torch.full((1, LENGTH), -1), torch.zeros(1, LENGTH, dtype=torch.long)
     for n, where in enumerate(IMAGES):
         image_id[0, where] = n

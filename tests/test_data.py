@@ -486,11 +486,12 @@ def test_a_batch_moves_as_a_whole():
     assert all(value.device.type == "meta" for value in vars(batch).values())
 
 
-def test_packed_losses_and_gradients_equal_unpacked():
+@pytest.mark.parametrize("patch_encoder", ["linear", "unet"])
+def test_packed_losses_and_gradients_equal_unpacked(patch_encoder):
     """Three documents in one row, or each in a row of its own: the same text loss, diffusion losses and gradients."""
     text = lambda s: BYTES.encode(s)
     three = [[text("a red dot"), picture(1)], [picture(2, max_t=500), text("blue"), picture(3)], [text("no picture here")]]
-    model, ddpm = tiny_model(scale=4.0), DDPM(prediction="v")
+    model, ddpm = tiny_model(scale=4.0, patch_encoder=patch_encoder), DDPM(prediction="v")
     eps, t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([900, 300, 20])
     found = []
     for rows in ([three], [[document] for document in three]):

@@ -15,6 +15,7 @@ from vae import load_checkpoint
 
 RANKS = Path(__file__).parent / "ranks.py"
 STEPS = 3
+UNET = dict(patch_encoder="unet", unet_channels=64, unet_blocks=1)
 
 
 def torchrun(*args, cwd, timeout=300):
@@ -56,6 +57,7 @@ def two_processes(one_process, trained_vae, tmp_path_factory):
             dict(steps=STEPS, options=options(folder / "ddp_at_once", trained_vae, micro_rows=2)),
             dict(steps=STEPS, options=options(folder / "muon", trained_vae, micro_rows=1, optimizer="muon")),
             dict(steps=STEPS, options=[*options(folder / "fsdp", trained_vae, micro_rows=1), "--fsdp"]),
+            *(dict(steps=STEPS, options=[*options(folder / f"unet_{how}", trained_vae, micro_rows=1, **UNET), *more]) for how, more in (("ddp", []), ("fsdp", ["--fsdp"]))),
             dict(steps=2, options=[*options(folder / "resumed", trained_vae), "--fsdp", "--resume"])]  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
     process = torchrun("--standalone", "--nproc_per_node=2", RANKS, folder / "jobs.json", cwd=folder)
@@ -126,6 +128,15 @@ def test_muon_too(two_processes, trained_vae, tmp_path):
     assert_close(values_of(two_processes / "muon")["steps"], [run.train_step() for _ in range(STEPS)])
     state = load_checkpoint(two_processes / "muon/checkpoint.pt")["optimizer"]["state"]
     assert "momentum_buffer" in state["blocks.0.mlp.down.weight"] and "exp_avg" in state["head.weight"]
+
+
+def test_a_unet_too(two_processes, trained_vae, tmp_path):
+    """Copied or shared; the weights, in FSDP2, belong to the root, whose forward calls both halves."""
+    run = Run(*parse(options(tmp_path / "out", trained_vae, **UNET)))
+    values = [run.train_step() for _ in range(STEPS)]
+    for how in ("ddp", "fsdp"):
+        assert_close(values_of(two_processes / f"unet_{how}")["steps"], values)
+        assert_same_state(two_processes / f"unet_{how}", run)
 
 
 def test_checkpoints_move_between_numbers_of_processes(one_process, two_processes, trained_vae, tmp_path):

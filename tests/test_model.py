@@ -1,15 +1,19 @@
 """model.py: patches, RoPE, the Llama block against transformers' values, sizes, and what enters and leaves."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, run_here, tiny_model
+from conftest import FIXTURES, drawn_weights, run_here, tiny_model
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention_mask import transfusion_mask
-from model import SIZES, KVCache, Transfusion, TransfusionConfig, patchify, rope_table, rotate, training_flops, training_memory, unpatchify
+from model import (
+    SIZES, KVCache, Transfusion, TransfusionConfig, UNetBlock, UNetPatches, patchify, rope_table, rotate, training_flops, training_memory, unpatchify,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("channels, side, patch_size", [(8, 8, 2), (3, 6, 3), (4, 4, 1), (5, 8, 8)])
@@ -95,9 +99,10 @@ def test_llama_has_no_biases_and_an_untied_head():
     assert model.head.weight is not model.embedding.weight
 
 
-def test_images_go_to_their_places_and_come_back_in_order():
+@pytest.mark.parametrize("patch_encoder", ["linear", "unet"])
+def test_images_go_to_their_places_and_come_back_in_order(patch_encoder):
     """Of a batch whose rows hold 2, 0 and 1 images, each prediction is that of its own image, in reading order."""
-    model = tiny_model(scale=8.0, side=4)
+    model = tiny_model(scale=8.0, side=4, patch_encoder=patch_encoder)
     x_t, t = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 400, 900])
     image_id = torch.full((3, 14), -1)
     image_id[0, 2:6], image_id[0, 8:12], image_id[2, 1:5] = 0, 1, 2
@@ -117,10 +122,74 @@ def test_timestep_reaches_every_patch_and_only_its_image():
     patches = tiny_model(scale=8.0).patches
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        a, b = patches.encode(x, torch.tensor([100, 100])), patches.encode(x, torch.tensor([100, 101]))
+        (a, _), (b, _) = patches.encode(x, torch.tensor([100, 100])), patches.encode(x, torch.tensor([100, 101]))
     assert torch.equal(a[0], b[0]) and ((a[1] - b[1]).abs().amax(-1) > 1e-4).all()
     same = (a[1] - b[1]) - (a[1] - b[1])[0]  # the same vector at every patch
     assert same.abs().max() < 1e-4
+
+
+# ---- The U-Net ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch_encoder", ["linear", "unet"])
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("n", [3, 0])
+def test_patches_of_every_size(patch_encoder, patch_size, n):
+    """In and out, for some images and for none: then every weight still has a gradient, which several processes average."""
+    model = tiny_model(patch_size=patch_size, patch_encoder=patch_encoder, unet_channels=16 * patch_size)
+    x, t = torch.randn(n, 3, 8, 8), torch.arange(n)
+    patches, skips = model.patches.encode(x, t)
+    prediction = model.patches.decode(patches, skips)
+    assert patches.shape == (n, (8 // patch_size) ** 2, 32) and prediction.shape == x.shape
+    prediction.square().sum().backward()
+    assert all(p.grad is not None and (p.grad.abs().sum() > 0) == (n > 0) for p in model.patches.parameters())
+
+
+@pytest.mark.parametrize("name, patch_size, billions", [("0.16b", 2, 0.265), ("7b", 1, 0.215), ("7b", 2, 0.272), ("7b", 4, 0.287), ("7b", 8, 0.291)])
+def test_parameters_of_the_unet(name, patch_size, billions):
+    """The paper's has 0.27B at 7B."""
+    with torch.device("meta"):
+        unet = UNetPatches(TransfusionConfig(**SIZES[name], patch_encoder="unet", patch_size=patch_size))
+    assert len(unet.down) == len(unet.up) == patch_size.bit_length()  # one halving for every factor of 2
+    assert sum(p.numel() for p in unet.parameters()) / 1e9 == pytest.approx(billions, abs=0.001)
+
+
+def test_unet_block_equals_diffusers():
+    values = np.load(FIXTURES / "unet.npz")
+    theirs = drawn_weights(json.loads(str(values["shapes"])))
+    block = UNetBlock(16, 32, 24)
+    block.load_state_dict({name.replace("time_emb_proj", "timestep").replace("conv_shortcut", "skip"): w for name, w in theirs.items()})
+    x, t, y = (torch.from_numpy(values[name]).float() for name in "xty")
+    torch.testing.assert_close(block(x, torch.nn.functional.silu(t)), y, rtol=0, atol=1e-5)
+
+
+def test_unet_sees_its_timestep_and_its_skips():
+    """Way in and way out: with another timestep, or with the skip connections of another image, all that follows differs."""
+    patches = tiny_model(scale=8.0, patch_encoder="unet", patch_size=4, unet_channels=64, unet_blocks=2).patches
+    x, h = torch.randn(2, 3, 8, 8), torch.randn(1, 4, 32)
+    with torch.no_grad():
+        (a, skips_a), (b, _), (_, skips_c) = (patches.encode(x[n : n + 1], torch.tensor([t])) for n, t in ((0, 100), (0, 900), (1, 100)))
+        assert ((a - b).abs().amax(-1) > 1e-2).all()
+        (outputs, t), expected = skips_a, patches.decode(h, skips_a)
+        changed = [patches.decode(h, (outputs, t + 1))] + [patches.decode(h, (outputs[:n] + [skips_c[0][n]] + outputs[n + 1 :], t)) for n in range(len(outputs))]
+    assert len(outputs) == 3 * 2 and all((expected - other).abs().max() > 1e-2 for other in changed)
+
+
+def test_a_fresh_unet_predicts_zero_and_then_learns():
+    torch.manual_seed(0)
+    unet = UNetPatches(TransfusionConfig(dim=32, n_heads=2, latent_channels=3, latent_size=8, patch_encoder="unet", unet_channels=32, unet_blocks=1))
+    x, t = torch.randn(4, 3, 8, 8), torch.tensor([1, 10, 100, 1000])
+    optimizer, found = torch.optim.AdamW(unet.parameters(), lr=1e-2), []
+    for _ in range(60):
+        prediction = unet.decode(*unet.encode(x, t))
+        found.append((prediction - x).square().mean().item())
+        optimizer.zero_grad()
+        (prediction - x).square().mean().backward()
+        optimizer.step()
+    assert found[0] == pytest.approx(x.square().mean().item()) and found[-1] < 0.1
+
+
+# ---- The cache ------------------------------------------------------------------------------------------------------
 
 
 def test_grouped_heads_equal_repeated_ones():
@@ -168,15 +237,18 @@ def test_writing_a_cache_slot_again_replaces_it():
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(dim=100, n_heads=3), "multiple of 6"), (dict(patch_size=3), "must divide"),
+    (dict(patch_encoder="conv"), "must be linear or unet"), (dict(patch_encoder="unet", patch_size=3, latent_size=33), "power of two"),
+    (dict(patch_encoder="unet", unet_channels=48), "unet_channels is 48; .* 32, or a multiple of 64"), (dict(patch_encoder="unet", unet_blocks=0), "unet_blocks is 0"),
     (dict(n_heads=6, n_kv_heads=4), "n_kv_heads is 4"), (dict(rope_scaling=(8, 1)), "four numbers")])  # fmt: skip
 def test_impossible_sizes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         TransfusionConfig(**wrong)
 
 
-def test_bfloat16_on_cpu_stays_close():
+@pytest.mark.parametrize("patch_encoder", ["linear", "unet"])
+def test_bfloat16_on_cpu_stays_close(patch_encoder):
     """Training runs the matrix products in bfloat16; norms, RoPE and (on CPU) attention stay in float32."""
-    model = tiny_model(scale=4.0)
+    model = tiny_model(scale=4.0, patch_encoder=patch_encoder)
     image_id = torch.full((1, 20), -1)
     image_id[0, 2:18] = 0
     inputs = torch.arange(20)[None], image_id, torch.arange(20)[None], transfusion_mask(image_id), torch.randn(1, 3, 8, 8), torch.tensor([300])
@@ -188,14 +260,22 @@ def test_bfloat16_on_cpu_stays_close():
         assert (a - b).norm() / a.norm() < 0.05
 
 
-def test_training_flops_equal_the_counters():
+@pytest.mark.parametrize("options", [
+    dict(), dict(patch_encoder="unet", unet_blocks=2), dict(patch_encoder="unet", patch_size=1), dict(patch_encoder="unet", patch_size=4, unet_channels=64),
+], ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()))  # fmt: skip
+def test_training_flops_equal_the_counters(options):
     """Against torch's own counter of operations, which counts every query with every key: context = S, no block skipped."""
-    model = tiny_model(dim=64, n_heads=2, n_layers=3, mlp_multiple=64).train()
-    rows, length = 2, 48
-    h, positions = torch.randn(rows, length, 64, requires_grad=True), torch.arange(length).expand(rows, -1)
+    model = tiny_model(dim=64, n_heads=2, n_layers=3, mlp_multiple=64, **options).train()
+    rows, length, n, per_image = 2, 128, 3, model.config.n_patches
+    positions, image_id = torch.arange(length).expand(rows, -1), torch.full((rows, length), -1)
+    for number, (row, start) in enumerate([(0, 2), (1, 0), (1, 64)]):
+        image_id[row, start : start + per_image] = number
+    x_t, t = torch.randn(n, 3, 8, 8, requires_grad=True), torch.tensor([1, 500, 900])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.head(model.trunk(h, positions, torch.ones(length, length, dtype=torch.bool).tril())).sum().backward()
-    assert counter.get_total_flops() == training_flops(model, context=length) * rows * length
+        logits, prediction = model(torch.zeros_like(image_id), image_id, positions, transfusion_mask(image_id), x_t, t)
+        (logits.sum() + prediction.sum()).backward()
+    no_gradient = 2 * n * model.patches.timestep.mlp[0].weight.numel()  # for the sinusoids of t, which are not learned
+    assert counter.get_total_flops() == training_flops(model, length, n / (rows * length)) * rows * length - no_gradient
 
 
 def test_training_memory_counts_what_autograd_keeps():

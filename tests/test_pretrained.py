@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -175,7 +175,7 @@ def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):
 
 # ---- Llama ----------------------------------------------------------------------------------------------------------
 
-PATCHES = TransfusionConfig(dim=8, n_heads=2, latent_channels=3, latent_size=4)  # its dim and heads give way to the Llama's
+PATCHES = TransfusionConfig(dim=8, n_heads=2, latent_channels=3, latent_size=4, unet_channels=32, unet_blocks=1)  # its dim and heads give way to the Llama's
 
 
 def llama_folder(path, kind, shards=1, **change):
@@ -250,20 +250,21 @@ def test_the_new_parts_start_fresh(tmp_path):
     assert Transfusion(TransfusionConfig(**vars(model.config))).load_state_dict(model.state_dict())  # a checkpoint can hold it
 
 
-def test_only_the_new_parts_are_trained(tmp_path):
+@pytest.mark.parametrize("patch_encoder", ["linear", "unet"])
+def test_only_the_new_parts_are_trained(patch_encoder, tmp_path):
     """After steps with momentum everything of the Llama is bit for bit what it was, and every new part has moved."""
     llama_folder(tmp_path, "llama 3.1")
-    model = load_llama(tmp_path, PATCHES, new_tokens=5)
+    model = load_llama(tmp_path, replace(PATCHES, patch_encoder=patch_encoder), new_tokens=5)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     n = freeze_text(model, 5)
     assert n == sum(p.numel() for p in model.patches.parameters()) + 2 * 5 * 32
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0)
     tokens, image_id = torch.arange(29)[None], torch.full((1, 29), -1)
     image_id[0, 10:14] = 0
-    for step in range(3):
+    for step in range(5):
         logits, prediction = model(tokens, image_id, torch.arange(29)[None], transfusion_mask(image_id), torch.randn(1, 3, 4, 4), torch.tensor([500]))
         optimizer.zero_grad()
-        (nn.functional.cross_entropy(logits[0], tokens[0]) + prediction.square().mean()).backward()
+        (nn.functional.cross_entropy(logits[0], tokens[0]) + (prediction - 1).square().mean()).backward()
         optimizer.step()
     for name, p in model.named_parameters():
         if name in ("embedding.weight", "head.weight"):

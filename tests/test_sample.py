@@ -26,13 +26,12 @@ from vae import VAE, VAEConfig, save_checkpoint
 T = Tokenizer()
 
 
-@pytest.fixture(scope="module")
-def talker():
+def make_talker(**options):
     """A model with large random weights that writes a few letters, and now and then draws or stops.
 
     Component 0 of every embedding is held at a constant, so that column 0 of the head acts as a bias on each token.
     """
-    model = tiny_model(scale=8.0)
+    model = tiny_model(scale=8.0, **options)
     with torch.no_grad():
         model.embedding.weight[:, 0] = model.patches.encoder.bias[0] = 6.0
         model.head.weight.mul_(0.4)
@@ -40,6 +39,11 @@ def talker():
         model.head.weight[list(b"abcdefgh"), 0] = 1.0
         model.head.weight[[T.boi, T.eos], 0] = torch.tensor([1.2, 0.4])
     return model
+
+
+@pytest.fixture(scope="module")
+def talker():
+    return make_talker()
 
 
 def image(seed):
@@ -146,6 +150,14 @@ DOCUMENTS = [["a red dot"], [image(1)], [], ["ab", image(2), "make it abcdefghij
 ], ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()))  # fmt: skip
 def test_cached_batch_equals_recomputation(talker, options):
     """Text and images, prompts of different lengths and kinds, rows that draw at different times, with and without guidance."""
+    assert_equals_recomputation(talker, options)
+
+
+def test_cached_batch_equals_recomputation_with_a_unet():
+    assert_equals_recomputation(make_talker(patch_encoder="unet"), dict(draw=True, temperature=1.0, guidance_scale=3.0))
+
+
+def assert_equals_recomputation(talker, options):
     trained, seeds = tiny_trained(talker), range(10, 10 + len(DOCUMENTS))
     found = generated(trained, DOCUMENTS, seeds, max_tokens=20, max_images=2, **options)
     for document, seed, row in zip(DOCUMENTS, seeds, found):

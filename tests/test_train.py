@@ -299,7 +299,7 @@ def complaint(script, *args):
     (["--grammar", "haiku"], "places, relations, rich"), (["--t_draw", "normal"], "uniform, logit_normal"), (["--drop_caption", "2"], "between 0 and 1"),
     (["--attention", "flex"], "needs CUDA"), (["--fsdp"], "muon"), (["--optimizer", "sgd"], "adamw, muon"), (["--compile", "maybe"], "auto, on, off"),
     (["--rows", "0"], "rows"), (["--lr", "-1"], "lr"), (["--steps", "0"], "steps"), (["--dim", "50", "--n_heads", "3"], "multiple of 6"),
-    (["--judged", "0"], "judged"),
+    (["--judged", "0"], "judged"), (["--patch_encoder", "conv"], "linear or unet"), (["--patch_encoder", "unet", "--unet_channels", "100"], "multiple of"),
 ], ids=lambda value: value if isinstance(value, str) else " ".join(value))  # fmt: skip
 def test_wrong_options_of_train(args, expected, tmp_path):
     config = [] if "--config" in args else ["--config", "small"]
