@@ -43,8 +43,16 @@ class TransfusionConfig:
     vocab_size: int = 32000
     latent_channels: int = 8
     latent_size: int = 32  # latent pixels a side
+    images: str = "continuous"  # continuous, or discrete: codes among the tokens, as in Chameleon, one for each latent pixel
+    image_attention: str = "bidirectional"  # bidirectional or causal, inside an image (section 4.3); codes are always read causally
+    post_norm: bool = False  # norms after attention and MLP instead of before them (Swin v2's placement, Chameleon's)
 
     def __post_init__(self):
+        for name, allowed in (("images", ("continuous", "discrete")), ("image_attention", ("bidirectional", "causal"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        if self.images == "discrete":
+            self.image_attention, self.patch_size = "causal", 1
         if self.dim % (2 * self.n_heads):
             raise ValueError(f"dim is {self.dim} and n_heads {self.n_heads}: a head needs an even width, so dim must be a multiple of {2 * self.n_heads}")
         if self.n_heads % self.kv_heads:
@@ -160,16 +168,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then pre-norm MLP, each added to the residual stream."""
+    """Pre-norm attention, then pre-norm MLP, each added to the residual stream; or post-norm, each normed before it is added."""
 
     def __init__(self, config):
         super().__init__()
+        self.post_norm = config.post_norm
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, h, rope, mask, update=None):
+        if self.post_norm:
+            h = h + self.attention_norm(self.attention(h, rope, mask, update))
+            return h + self.mlp_norm(self.mlp(h))
         h = h + self.attention(self.attention_norm(h), rope, mask, update)
         return h + self.mlp(self.mlp_norm(h))
 
@@ -256,7 +268,7 @@ class Transfusion(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.patches = LinearPatches(config)
+        self.patches = LinearPatches(config) if config.images == "continuous" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.checkpoint_activations = False  # True: keep each block's input only, and run the block again in the backward pass
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -296,13 +308,16 @@ class Transfusion(nn.Module):
                 h = block(h, rope, mask)
         return self.norm(h)
 
-    def forward(self, tokens, image_id, positions, mask, x_t, t):
+    def forward(self, tokens, image_id, positions, mask, x_t=None, t=None):
         """A mixed batch, as in training.
 
         tokens, image_id, positions: (B, S), as in data.Batch; mask: transfusion_mask (B, 1, S, S) or flex_mask of attention_mask.py
         x_t: (N, C, H, W), the noised latents of the batch's images in reading order; t: (N,), their timesteps, 0 = clean
-        Returns logits (B, S, vocab_size) and the prediction for each image (N, C, H, W).
+        Returns logits (B, S, vocab_size) and the prediction for each image (N, C, H, W). Of a discrete model all this but x_t
+        and t, which it leaves as they are: its images are among the tokens.
         """
+        if self.patches is None:
+            return self.head(self.trunk(self.embedding(tokens).float(), positions, mask)), x_t
         h, slots = self.embed(tokens, image_id, x_t, t)
         h = self.trunk(h, positions, mask)
         patches = h.flatten(0, 1)[slots].unflatten(0, (-1, self.config.n_patches))
@@ -401,7 +416,7 @@ def freeze_text(model, new_tokens):
         if name in partly:
             old = torch.arange(len(parameter))[:, None] < len(parameter) - new_tokens
             parameter.register_hook(lambda gradient, old=old: gradient.masked_fill(old.to(gradient.device), 0))
-    return sum(p.numel() for p in model.patches.parameters()) + len(partly) * new_tokens * model.config.dim
+    return sum(p.numel() for name, p in model.named_parameters() if name.startswith("patches.")) + len(partly) * new_tokens * model.config.dim
 
 
 # ---- What a size costs ----------------------------------------------------------------------------------------------
