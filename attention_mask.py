@@ -1,7 +1,7 @@
 """The Transfusion attention mask: who may look at whom (paper, section 3, "Transfusion attention", figure 4).
 
 Text is read causally, an image all at once. A position may attend to every earlier position of its document, and a
-patch also to the later patches of its own image. <BOI> and <EOI> are text, outside the image's block. Nothing sees
+patch also to the later patches of its own image (unless `causal` is asked for). <BOI> and <EOI> are text, outside the image's block. Nothing sees
 another document packed into the same row, and padding sees only itself (a row of the mask that is all False would
 turn softmax into NaN).
 
@@ -17,13 +17,17 @@ TEXT = -1  # image_id of a position that belongs to no image
 PADDING = -1  # doc_id of a position that belongs to no document
 
 
-def mask_rule(image_id, doc_id):
+def mask_rule(image_id, doc_id, causal=False):
     """The mask as a function of four indices, `rule(b, h, q, k) -> bool`: may position q of row b attend to k?
 
     image_id: (B, S) int, the number of the image that a patch belongs to (unique within the row), -1 for text.
     doc_id:   (B, S) int, the number of the document that a position belongs to, -1 for padding.
+    causal:   inside an image, too: it is then read like text (section 4.3's ablation, and Chameleon).
     The head index h plays no part; the signature is the `mask_mod` of FlexAttention's `create_block_mask`.
     """
+
+    if causal:
+        image_id = torch.full_like(image_id, TEXT)
 
     def rule(b, h, q, k):
         same_image = (image_id[b, q] == image_id[b, k]) & (image_id[b, q] != TEXT)
@@ -33,25 +37,25 @@ def mask_rule(image_id, doc_id):
     return rule
 
 
-def transfusion_mask(image_id, doc_id=None):
+def transfusion_mask(image_id, doc_id=None, causal=False):
     """The rule at every (query, key), True = may attend: (B, S), (B, S) -> bool (B, 1, S, S). Without doc_id each row is one document."""
     if doc_id is None:
         doc_id = torch.zeros_like(image_id)
     batch, length = image_id.shape
     b = torch.arange(batch, device=image_id.device)[:, None, None, None]
     position = torch.arange(length, device=image_id.device)
-    return mask_rule(image_id, doc_id)(b, None, position[:, None], position[None, :])
+    return mask_rule(image_id, doc_id, causal)(b, None, position[:, None], position[None, :])
 
 
 compiled_create_block_mask = torch.compile(create_block_mask)  # uncompiled, it would write out all S x S entries
 
 
-def flex_mask(image_id, doc_id):
+def flex_mask(image_id, doc_id, causal=False):
     """The rule as a BlockMask for flex_attention: (B, S), (B, S) -> which 128 x 128 blocks are empty, full or mixed. S should
     be a multiple of 128, and the same from batch to batch, so that what is compiled once serves them all."""
     create = compiled_create_block_mask if image_id.is_cuda else create_block_mask
     batch, length = image_id.shape
-    return create(mask_rule(image_id, doc_id), batch, None, length, length, device=image_id.device.type)
+    return create(mask_rule(image_id, doc_id, causal), batch, None, length, length, device=image_id.device.type)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ import tempfile
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -621,6 +622,16 @@ def collate(rows, tokenizer, seq_len, n_patches, errors=None):
     images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
     images = to_pixels(images) if images.dtype == np.uint8 else torch.from_numpy(images).float()
     return Batch(*map(torch.from_numpy, (tokens, targets, image_id, doc_id, positions)), images, torch.tensor(max_t, dtype=torch.long))
+
+
+def fill_codes(batch, codes):
+    """A Batch for a discrete model (Chameleon): images become tokens, each the target of the position before it, and <EOI> of the
+    last; those that only condition (max_t 0) have no loss. codes: (N, n_patches) int64, ids of the shared vocabulary."""
+    tokens = batch.tokens.masked_scatter(batch.image_id != TEXT, codes)
+    image = torch.maximum(batch.image_id, batch.image_id.roll(-1, 1))  # that a position's target belongs to, or is the end of
+    has_loss = F.pad(batch.max_t, (0, 1))[image] > 0  # the 0 behind is that of text
+    targets = torch.where(has_loss, tokens.roll(-1, 1), batch.targets)
+    return replace(batch, tokens=tokens, targets=targets, images=batch.images[:0], max_t=batch.max_t[:0])
 
 
 class Loader:

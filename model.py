@@ -47,8 +47,16 @@ class TransfusionConfig:
     vocab_size: int = 32000
     latent_channels: int = 8
     latent_size: int = 32  # latent pixels a side
+    images: str = "continuous"  # continuous, or discrete: codes among the tokens, as in Chameleon, one for each latent pixel
+    image_attention: str = "bidirectional"  # bidirectional or causal, inside an image (section 4.3); codes are always read causally
+    post_norm: bool = False  # norms after attention and MLP instead of before them (Swin v2's placement, Chameleon's)
 
     def __post_init__(self):
+        for name, allowed in (("images", ("continuous", "discrete")), ("image_attention", ("bidirectional", "causal"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+        if self.images == "discrete":
+            self.image_attention, self.patch_size = "causal", 1
         if self.dim % (2 * self.n_heads):
             raise ValueError(f"dim is {self.dim} and n_heads {self.n_heads}: a head needs an even width, so dim must be a multiple of {2 * self.n_heads}")
         if self.n_heads % self.kv_heads:
@@ -173,16 +181,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then pre-norm MLP, each added to the residual stream."""
+    """Pre-norm attention, then pre-norm MLP, each added to the residual stream; or post-norm, each normed before it is added."""
 
     def __init__(self, config):
         super().__init__()
+        self.post_norm = config.post_norm
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, h, rope, mask, update=None):
+        if self.post_norm:
+            h = h + self.attention_norm(self.attention(h, rope, mask, update))
+            return h + self.mlp_norm(self.mlp(h))
         h = h + self.attention(self.attention_norm(h), rope, mask, update)
         return h + self.mlp(self.mlp_norm(h))
 
@@ -350,7 +362,7 @@ class Transfusion(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.patches = UNetPatches(config) if config.patch_encoder == "unet" else LinearPatches(config)
+        self.patches = None if config.images == "discrete" else UNetPatches(config) if config.patch_encoder == "unet" else LinearPatches(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.checkpoint_activations = False  # True: keep each block's input only, and run the block again in the backward pass
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -359,6 +371,11 @@ class Transfusion(nn.Module):
         for block in self.blocks:  # as many additions to the residual stream as 2 n_layers: keep its variance (GPT-2)
             for linear in (block.attention.out, block.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layers))
+        if config.post_norm:  # whose additions are as large as the norms' weights say, whatever the matrices: the same for them
+            nn.init.normal_(self.embedding.weight)
+            for block in self.blocks:
+                for norm in (block.attention_norm, block.mlp_norm):
+                    nn.init.constant_(norm.weight, 1 / math.sqrt(2 * config.n_layers))
 
     @staticmethod
     def _init(module):
@@ -390,13 +407,16 @@ class Transfusion(nn.Module):
                 h = block(h, rope, mask)
         return self.norm(h)
 
-    def forward(self, tokens, image_id, positions, mask, x_t, t):
+    def forward(self, tokens, image_id, positions, mask, x_t=None, t=None):
         """A mixed batch, as in training.
 
         tokens, image_id, positions: (B, S), as in data.Batch; mask: transfusion_mask (B, 1, S, S) or flex_mask of attention_mask.py
         x_t: (N, C, H, W), the noised latents of the batch's images in reading order; t: (N,), their timesteps, 0 = clean
-        Returns logits (B, S, vocab_size) and the prediction for each image (N, C, H, W).
+        Returns logits (B, S, vocab_size) and the prediction for each image (N, C, H, W). Of a discrete model all this but x_t
+        and t, which it leaves as they are: its images are among the tokens.
         """
+        if self.patches is None:
+            return self.head(self.trunk(self.embedding(tokens).float(), positions, mask)), x_t
         h, slots, skips = self.embed(tokens, image_id, x_t, t)
         h = self.trunk(h, positions, mask)
         patches = h.flatten(0, 1)[slots].unflatten(0, (-1, self.config.n_patches))
@@ -495,7 +515,7 @@ def freeze_text(model, new_tokens):
         if name in partly:
             old = torch.arange(len(parameter))[:, None] < len(parameter) - new_tokens
             parameter.register_hook(lambda gradient, old=old: gradient.masked_fill(old.to(gradient.device), 0))
-    return sum(p.numel() for p in model.patches.parameters()) + len(partly) * new_tokens * model.config.dim
+    return sum(p.numel() for name, p in model.named_parameters() if name.startswith("patches.")) + len(partly) * new_tokens * model.config.dim
 
 
 # ---- What a size costs ----------------------------------------------------------------------------------------------
@@ -511,7 +531,8 @@ def training_flops(model, context, images=0.0):
     each dim wide: 2 (dim + dim) context a layer forward, three times that in all.
     """
     c = model.config
-    return 6 * (weights_of(model.blocks, model.head) + images * model.patches.multiplications()) + 12 * c.n_layers * c.dim * context
+    of_images = images * model.patches.multiplications() if model.patches else 0
+    return 6 * (weights_of(model.blocks, model.head) + of_images) + 12 * c.n_layers * c.dim * context
 
 
 def training_memory(model, gpus, rows, seq_len, checkpoint_activations=False):

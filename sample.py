@@ -18,6 +18,8 @@ A denoising step runs only the image's own patches, of the row and of its guidan
 what came before is in the KV cache, and inside an image everything sees everything, so there is no mask, but for the one that
 hides the unused slots of shorter prefixes.
 
+A discrete model (Chameleon) samples an image's codes as it samples text, one a call; everything else is the same (`CodeDecoder`).
+
 From Python: `generate(load("out/small"), [["a red circle"], [image, "make it blue"], []], seeds=[0, 1, 2])`.
 """
 
@@ -43,7 +45,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from attention_mask import transfusion_mask
-from data import Picture, Tokenizer, collate, fit_image, length, load_image, restore_tokenizer
+from data import Picture, Tokenizer, collate, fill_codes, fit_image, length, load_image, restore_tokenizer
 from diffusion import DDPM, SAMPLERS, guide, needs_noise
 from model import KVCache, Transfusion, TransfusionConfig
 from vae import VAE, VAEConfig, load_checkpoint, read_json, read_safetensors, write_safetensors
@@ -118,7 +120,7 @@ class Row:
     position: int  # of the next token or patch, in the document and in the cache
     step: int | None = None  # denoising steps done; None = in text mode
     after_image: bool = False  # <EOI> comes next
-    new: list = field(default_factory=list)  # ids and latents, in order
+    new: list = field(default_factory=list)  # ids and latents (or an image's codes), in order
     said: int = 0  # characters of the current text that were reported
 
 
@@ -133,6 +135,7 @@ class Decoder:
         self.guidance_scale, self.top_k, self.top_p, self.on_text, self.on_step = guidance_scale, top_k, top_p, on_text, on_step
         self.n_patches, self.shape, self.limit = c.n_patches, (c.latent_channels, c.latent_size, c.latent_size), trained.config["data"]["seq_len"]
         self.times, self.steps = np.array(trained.ddpm.schedule(steps) + [0]), steps  # the last: once more, clean
+        self.causal = c.image_attention == "causal"
         self.rows = [None] * places
         self.logits = torch.zeros(places, c.vocab_size, device=self.device)  # of each row's next token
         self.x, self.x_0 = torch.zeros(2, places, *self.shape, device=self.device)  # x_t, and the last step's estimate of x_0
@@ -153,12 +156,13 @@ class Decoder:
 
     def place(self, rows, starts, n):
         """Have the cache take n new positions of each of these cache rows -> the positions (R, n), and the mask that hides what
-        other rows alone have reached: None if they have all come equally far."""
+        other rows alone have reached, and what comes later in an image that is read causally: None if there is nothing to hide."""
         positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(n, device=self.device)
         visible = max(starts) + n
         self.cache.at(rows, positions, visible)
-        hidden = min(starts) < max(starts)
-        return positions, (torch.arange(visible, device=self.device) <= positions[:, -1:])[:, None, None] if hidden else None
+        hidden = min(starts) < max(starts) or self.causal and n > 1
+        ends = positions if self.causal else positions[:, -1:]  # how far each looks
+        return positions, (torch.arange(visible, device=self.device) <= ends[:, :, None])[:, None] if hidden else None
 
     def run(self, h, rows, starts, mask=None):
         """New tokens h (R, n, dim) of these cache rows through the trunk. mask: if not the one that `place` finds."""
@@ -174,18 +178,20 @@ class Decoder:
             return
         rows = [waiting.popleft() for _ in places]
         batch = collate([[row.prompt] for row in rows], self.tokenizer, max(row.position for row in rows), self.n_patches).to(self.device)
-        with torch.autocast(self.device.type, enabled=False):
-            x_0 = self.trained.vae.encode(batch.images) if len(batch.images) else torch.zeros(0, *self.shape, device=self.device)
-        h, *_ = self.model.embed(batch.tokens, batch.image_id, x_0, torch.zeros(len(x_0), dtype=torch.long, device=self.device))
         # Padding comes last, so nothing looks at it; rows of text alone share one mask.
-        mask = transfusion_mask(batch.image_id if len(x_0) else batch.image_id[:1])
-        h = self.run(h, [self.branches * p for p in places], [0] * len(rows), mask)
+        mask = transfusion_mask(batch.image_id if len(batch.images) else batch.image_id[:1], causal=self.causal)
+        h = self.run(self.embed_prompts(batch), [self.branches * p for p in places], [0] * len(rows), mask)
         last = torch.tensor([row.position - 1 for row in rows], device=self.device)
         self.logits[places] = self.model.head(h[torch.arange(len(rows), device=self.device), last]).float()
         for p, row in zip(places, rows):
             self.rows[p] = row
             if row.step == 0:
                 self.begin_image(p)
+
+    def embed_prompts(self, batch):
+        with torch.autocast(self.device.type, enabled=False):
+            x_0 = self.trained.vae.encode(batch.images) if len(batch.images) else torch.zeros(0, *self.shape, device=self.device)
+        return self.model.embed(batch.tokens, batch.image_id, x_0, torch.zeros(len(x_0), dtype=torch.long, device=self.device))[0]
 
     def finish(self, p):
         self.say(self.rows[p], everything=True)
@@ -211,10 +217,10 @@ class Decoder:
                 self.begin_image(p)
 
     def sample_tokens(self, places):
-        """The next token of each of these rows. <EOI> is inserted, <BOS> and padding never occur, <BOI> only if an image is left."""
+        """The next token of each of these rows. <EOI> is inserted, <BOS>, padding and codes never occur, <BOI> only if an image is left."""
         t, rows = self.tokenizer, [self.rows[p] for p in places]
         logits = self.logits[places]
-        logits[:, [t.bos, t.eoi, t.pad]] = -torch.inf
+        logits[:, [t.bos, t.eoi, t.pad, *range(t.vocab_size, logits.shape[1])]] = -torch.inf
         full = [row.images_left <= 0 or row.position + 1 + self.n_patches > self.limit for row in rows]
         logits[torch.tensor(full, device=self.device), t.boi] = -torch.inf
         temperature = torch.tensor([row.temperature for row in rows])
@@ -312,6 +318,48 @@ class Decoder:
         return denoise(self.model, self.cache, *inputs)
 
 
+class CodeDecoder(Decoder):
+    """The same for a discrete model. A step of a row in image mode samples one code, with guidance on the logits: it runs the token
+    before it, first <BOI>. After the last, one more call leaves that code's keys and values behind."""
+
+    def __init__(self, trained, places, *args, code_temperature, code_top_p, **options):
+        super().__init__(trained, places, *args, **options)
+        self.code_temperature, self.code_top_p, self.steps = code_temperature, code_top_p, self.n_patches
+        self.x = torch.zeros(places, self.n_patches, dtype=torch.long, device=self.device)  # the codes
+
+    def embed_prompts(self, batch):
+        if len(batch.images):
+            with torch.autocast(self.device.type, enabled=False):
+                batch = fill_codes(batch, self.tokenizer.vocab_size + self.trained.vae.codes(batch.images))
+        return self.model.embedding(batch.tokens)
+
+    def noise(self, rows):
+        """What images begin with: the commonest code everywhere. Only who watches them come about sees it."""
+        return self.trained.vae.codebook.counts.argmax().expand(len(rows), self.n_patches)
+
+    def image_step(self):
+        places = [p for p, row in enumerate(self.rows) if row and row.step is not None]
+        if not places:
+            return
+        rows, starts, step = [], [], torch.tensor([self.rows[p].step for p in places], device=self.device)
+        for p in places:
+            before = [self.rows[p].position - 1, 1]  # the place of <BOI> in the row, and in its guidance branch
+            rows += [self.branches * p, 2 * p + 1][: self.branches]
+            starts += [start + self.rows[p].step for start in before[: self.branches]]
+        tokens = torch.where(step > 0, self.tokenizer.vocab_size + self.x[places, step - 1], self.tokenizer.boi)
+        h = self.run(self.model.embedding(tokens.repeat_interleave(self.branches))[:, None], rows, starts)
+        logits = self.model.head(h[:, 0]).float()[:, self.tokenizer.vocab_size :]
+        if self.branches == 2:
+            logits = guide(logits[0::2], logits[1::2], self.guidance_scale)
+        going_on = [n for n, p in enumerate(places) if self.rows[p].step < self.steps]
+        if going_on:
+            going = [places[n] for n in going_on]
+            u = torch.stack([torch.rand((), generator=self.rows[p].generator) for p in going]).to(self.device)
+            self.x[going, step[going_on]] = pick_tokens(logits[going_on], torch.full_like(u, self.code_temperature), u, top_p=self.code_top_p)
+        for p in places:
+            self.advance(p)
+
+
 def denoise(model, cache, x, t, positions, mask):
     """What the model predicts for the images x (N, C, H, W) at timesteps t (N,), given what is in the cache -> (N, C, H, W)."""
     h, skips = model.patches.encode(x, t)
@@ -348,27 +396,29 @@ def pick_tokens(logits, temperature, u, top_k=0, top_p=1.0):
 
 @torch.inference_mode()
 def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=None, eta=0.0, guidance_scale=None, temperature=None,
-             top_k=0, top_p=1.0, max_tokens=256, max_images=1, max_batch=64, on_text=None, on_step=None):  # fmt: skip
+             top_k=0, top_p=1.0, code_temperature=None, code_top_p=None, max_tokens=256, max_images=1, max_batch=64, on_text=None, on_step=None):  # fmt: skip
     """Continue documents, each a list of strings and PIL images ([] = from nothing) -> list of documents, prompts included.
 
     seeds: one per document (default 0, 1, ...); a row's output depends on its own seed and prompt only
     draw: a document that ends in text goes on with an image at once; False lets the model decide when to draw
     steps, sampler, guidance_scale: of the denoising; default: as in the training run. eta: of DDIM, 0 = no added noise
     temperature: 0 = greedy; default: 0 after a prompt, 1 from nothing. top_k, top_p: as in `pick_tokens`
+    code_temperature, code_top_p: of the images of a discrete model, whose steps are its codes; default: as in the training run
     max_tokens, max_images: at most so many new ones per document, which also ends where the trained sequences do
     max_batch: documents in work at a time; as one ends, the next takes its place
     on_text(number, piece) is called as text is sampled, on_step(number, steps done, x_t) as an image begins and after each step,
-        which overwrites that x_t (C, H, W)
+        which overwrites that x_t (C, H, W), or its codes
     Raises ValueError for an empty prompt, one too long for the sequences that the model was trained on, or an option out of range.
     """
     config, n_patches = trained.config, trained.model.config.n_patches
     steps, sampler = config["steps"] if steps is None else steps, sampler or config["sampler"]
     guidance_scale = config["guidance_scale"] if guidance_scale is None else guidance_scale
-    for name, value, least in (("temperature", temperature or 0, 0), ("top_k", top_k, 0), ("max_batch", max_batch, 1)):
+    for name, value, least in (("temperature", temperature or 0, 0), ("code_temperature", code_temperature or 0, 0), ("top_k", top_k, 0), ("max_batch", max_batch, 1)):
         if not value >= least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    for name, value in (("top_p", top_p), ("code_top_p", 1.0 if code_top_p is None else code_top_p)):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} is {value}; it must be above 0 and at most 1")
     seeds = list(range(len(documents))) if seeds is None else list(seeds)
     rows = []
     for document, seed in zip(documents, seeds, strict=True):
@@ -382,9 +432,12 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
     waiting = deque(row for row in rows if row.tokens_left > 0 or row.step == 0)
     slots = max((row.position + max(0, max_tokens) + max(1, max_images) * (n_patches + 2) for row in waiting), default=0)
     options = dict(steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, on_text=on_text, on_step=on_step)
-    device = next(trained.model.parameters()).device
+    kind, device = Decoder, next(trained.model.parameters()).device
+    if trained.model.config.images == "discrete":
+        given = dict(code_temperature=code_temperature, code_top_p=code_top_p)
+        kind, options = CodeDecoder, options | {name: config[name] if value is None else value for name, value in given.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        decoder = Decoder(trained, min(max_batch, max(1, len(waiting))), min(slots, config["data"]["seq_len"]), max_images * len(waiting), **options)
+        decoder = kind(trained, min(max_batch, max(1, len(waiting))), min(slots, config["data"]["seq_len"]), max_images * len(waiting), **options)
         while waiting or any(decoder.rows):
             for _ in range(TEXT_CALLS):
                 decoder.admit(waiting)
@@ -410,13 +463,16 @@ def to_segments(document, trained, draw):
 
 
 def to_picture(latents, trained):
-    """Latents (C, H, W) -> PIL image."""
-    pixels = trained.vae.decode(latents[None])[0]
+    """Latents (C, H, W), or the codes (n_patches,) of a discrete model -> PIL image."""
+    if trained.model.config.images == "discrete":
+        pixels = trained.vae.decode_codes(latents.view(1, *2 * [trained.model.config.latent_size]))[0]
+    else:
+        pixels = trained.vae.decode(latents[None])[0]
     return Image.fromarray(((pixels + 1) * 127.5).round().byte().movedim(0, -1).cpu().numpy())
 
 
 def to_document(generated, trained):
-    """Ids and latents -> strings and PIL images."""
+    """Ids and latents (or codes) -> strings and PIL images."""
     document, ids = [], []
     for item in [*generated, None]:
         if isinstance(item, int):
@@ -479,7 +535,7 @@ def html_page(documents, given):
 
 
 def save_film(path, films, captions, trained, frames=40):
-    """The denoising as an animated GIF of contact sheets. films: for each picture, its latents x_t from noise to the end."""
+    """The denoising as an animated GIF of contact sheets. films: for each picture, its latents x_t from noise to the end; or its codes."""
     steps = len(films[0]) - 1
     shown = sorted({round(n * steps / min(frames, steps)) for n in range(min(frames, steps) + 1)})
     sheets = [contact_sheet([to_picture(film[n], trained) for film in films], captions) for n in shown]
@@ -575,6 +631,8 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, help="of the text; 0 = greedy (default: 0 after a prompt, else 1)")
     parser.add_argument("--top_k", type=int, default=0, help="sample text among the k likeliest tokens; 0 = all")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample text among the likeliest tokens that together have this probability")
+    parser.add_argument("--code_temperature", type=float, help="of the image codes of a discrete model (default: the preset's)")
+    parser.add_argument("--code_top_p", type=float, help="sample image codes among the likeliest that together have this probability (default: the preset's)")
     parser.add_argument("--max_tokens", type=int, default=64, help="at most so much new text per document (default 64)")
     parser.add_argument("--max_images", type=int, help="at most so many new pictures per document (default 1; 0 for captions)")
     parser.add_argument("--max_batch", type=int, default=64, help="documents in work at a time (default 64)")
@@ -599,7 +657,11 @@ def main(argv=None):
     documents = [prompt for prompt in prompts for _ in range(num)]
     seeds = [args.seed + n for _ in prompts for n in range(num)]
     drawing = bool(texts) and not args.free
-    settings = {name: trained.config[name] if getattr(args, name) is None else getattr(args, name) for name in ("steps", "sampler", "guidance_scale")}
+    discrete = trained.model.config.images == "discrete"
+    if discrete:
+        args.steps = trained.model.config.n_patches
+    of_run = ["steps", "sampler", "guidance_scale"] + ["code_temperature", "code_top_p"] * discrete
+    settings = {name: trained.config[name] if getattr(args, name) is None else getattr(args, name) for name in of_run}
     settings |= {name: getattr(args, name) for name in ("eta", "temperature", "top_k", "top_p")}
     max_images = (0 if image and not texts else 1) if args.max_images is None else args.max_images
     terminal = Terminal(settings["steps"], args.gif, " ".join(["0:", *texts, ""]) if len(documents) == 1 else None)

@@ -24,6 +24,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 # OpenMP threads that wait by spinning for long collapse when another program takes a core; those that never spin are slow.
@@ -39,8 +40,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from attention_mask import flex_mask, transfusion_mask
-from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer, to_pixels
+from attention_mask import TEXT, flex_mask, transfusion_mask
+from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, fill_codes, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer, to_pixels
 from diffusion import DDPM, SAMPLERS, DiffusionConfig
 from evaluate import evaluate, format_scores
 from model import SIZES, Transfusion, TransfusionConfig, freeze_text, inspect_llama, load_llama, training_flops
@@ -80,6 +81,7 @@ class Config:
     fsdp: bool = False  # several processes share the weights (FSDP2) instead of each keeping a copy (DDP)
     shard: int = 0  # with fsdp: this many processes share one copy (HSDP: those of a node, say); 0 = all
     lambda_ddpm: float = 5.0  # weight of the diffusion loss (eq. 4)
+    z_loss: float = 0.0  # weight of log^2 Z, Z being the softmax's denominator, which it keeps near 1; Chameleon's is 1e-5
     ema: float = 0.9999  # decay of the averaged weights that are sampled from; warmed up
     log_every: int = 10
     wandb: str = ""  # project in Weights & Biases to log to as well
@@ -89,12 +91,20 @@ class Config:
     steps: int = 250  # denoising steps when sampling
     sampler: str = "ddpm"  # ddpm, ddim or dpm++
     guidance_scale: float = 3.0
+    code_temperature: float = 1.0  # at which a discrete model samples the codes of images, and
+    code_top_p: float = 1.0  # among the likeliest that together have this probability
     model: TransfusionConfig = field(default_factory=TransfusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     autoencoder: VAEConfig = field(default_factory=VAEConfig)
 
     def __post_init__(self):
+        if self.model.images == "discrete":
+            self.autoencoder.codebook = self.autoencoder.codebook or 16384  # the paper's
+            if self.data.latents:
+                raise ValueError("latents are of continuous images; leave them out with --images discrete")
+        elif self.autoencoder.codebook:
+            raise ValueError(f"vae_codebook is {self.autoencoder.codebook}, but images are continuous; give --images discrete")
         if self.data.latents and not (self.vae or self.init_from):
             raise ValueError("latents need the VAE that made them; give --vae too")
         if self.freeze_text and not self.init_from:
@@ -152,6 +162,11 @@ PRESETS = {
     # Relations instead of places ("a red circle above a blue square"): the model must bind two objects through one word.
     # Drawing that is the slow part here, so more pairs teach it.
     "relations": SMALL | dict(data=SMALL["data"] | dict(grammar="relations", seq_len=104, caption_first=0.6), max_steps=4500, eval_every=1000),
+    # The paper's baseline on the same data: images as codes of a VQ-VAE, four times as many as small has patches, as in the paper.
+    "chameleon": SMALL | dict(
+        model=SMALL["model"] | dict(images="discrete", post_norm=True), z_loss=1e-5,
+        autoencoder=SMALL["autoencoder"] | dict(unshuffle=8, latent_channels=16, codebook=1024),
+    ),
     # For a GPU: 64x64 pictures of up to four objects with sizes, places, relations and backgrounds.
     "rich": SMALL | dict(
         model=SMALL["model"] | dict(dim=384, n_layers=8, n_heads=6), data=SMALL["data"] | dict(grammar="rich", image_size=64, seq_len=512),
@@ -277,7 +292,7 @@ def mask_for(config, device):
     possible = device.type == "cuda" and compiles(config, device) and config.data.seq_len % 128 == 0
     if config.attention == "flex" and not possible:
         raise ValueError("--attention flex needs CUDA, compiled blocks and a --seq_len that is a multiple of 128; leave it at auto")
-    return flex_mask if possible and config.attention != "sdpa" else transfusion_mask
+    return partial(flex_mask if possible and config.attention != "sdpa" else transfusion_mask, causal=config.model.image_attention == "causal")
 
 
 class Average:
@@ -310,7 +325,7 @@ class Average:
 
 def mean_context(batch, n_patches):
     """How many positions a position of the batch attends to, on average: all before it in its document and itself, and for a
-    patch also those after it in its image, which are (n_patches - 1) / 2 on average."""
+    patch also those after it in its image, which are (n_patches - 1) / 2 on average. n_patches: 1 if images are read causally."""
     return float((batch.positions + 1).float().mean() + (batch.image_id >= 0).float().mean() * (n_patches - 1) / 2)
 
 
@@ -326,12 +341,14 @@ def peak_flops(device):
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def losses(model, ddpm, batch, x_0, t, eps, mask=transfusion_mask):
-    """The two losses of a batch, not yet averaged: cross-entropy summed over the text targets, and the diffusion loss of each
-    image (N,). mask: the function of (image_id, doc_id) that makes the model's mask, once for all its layers."""
+def losses(model, ddpm, batch, x_0, t, eps, mask=transfusion_mask, z_loss=0.0):
+    """The two losses of a batch, not yet averaged: cross-entropy (+ z-loss) at each position (B, S), 0 where there is no target, and
+    the diffusion loss of each image (N,). mask: the function of (image_id, doc_id) that makes the model's mask, once for all its layers."""
     mask = mask(batch.image_id, batch.doc_id)
     logits, prediction = model(batch.tokens, batch.image_id, batch.positions, mask, ddpm.q_sample(x_0, t, eps), t)
-    lm = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=NO_LOSS, reduction="sum")
+    lm = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=NO_LOSS, reduction="none").view_as(batch.targets)
+    if z_loss:
+        lm = lm + z_loss * logits.float().logsumexp(-1).square() * (batch.targets != NO_LOSS)
     return lm, ddpm.loss(prediction, x_0, t, eps)
 
 
@@ -376,10 +393,10 @@ class Interrupt:
 
 
 def check_vae(config, vae, own):
-    """Raises ValueError if the latents of the VAE that --vae names are not of the size that a checkpoint's own VAE has."""
-    sizes = [(v.config.latent_channels, v.config.factor) for v in (vae, own)]
+    """Raises ValueError if the latents of the VAE that --vae names are not of the size, and its codebook, that a checkpoint's own VAE has."""
+    sizes = [(v.config.latent_channels, v.config.factor, v.config.codebook) for v in (vae, own)]
     if sizes[0] != sizes[1]:
-        says = [f"latents of {channels} channels, {factor} pixels apart" for channels, factor in sizes]
+        says = [f"latents of {channels} channels, {factor} pixels apart" + (f", and {codes} codes" if codes else "") for channels, factor, codes in sizes]
         raise ValueError(f"--vae {config.vae}: has {says[0]}, but the checkpoint was trained on {says[1]}; leave --vae out to use the checkpoint's own")
 
 
@@ -389,6 +406,9 @@ def prepare_vae(config, device, resume=False, own=None):
     vae = load_vae(config.vae, device) if config.vae else own
     if own:
         check_vae(config, vae, own)
+    if config.vae and bool(vae.config.codebook) != (config.model.images == "discrete"):
+        kind, wanted = ("a VQ-VAE", "discrete") if vae.config.codebook else ("no VQ-VAE", "continuous")
+        raise ValueError(f"--vae {config.vae}: is {kind}, but images are {config.model.images}; give --images {wanted}, or another VAE")
     factor = (vae.config if vae else config.autoencoder).factor
     if config.data.image_size % factor:
         raise ValueError(f"image_size is {config.data.image_size}; it must be a multiple of the VAE's factor, {factor}")
@@ -430,13 +450,13 @@ def initial_model(config, tokenizer, start=None):
     c = config.model
     if start:
         theirs = asdict(start.model.config) | {"prediction": start.config["diffusion"]["prediction"]}
-        for name, ours in (("patch_size", c.patch_size), ("patch_encoder", c.patch_encoder), ("prediction", config.diffusion.prediction)):
+        for name, ours in (("images", c.images), ("patch_size", c.patch_size), ("patch_encoder", c.patch_encoder), ("prediction", config.diffusion.prediction)):
             if theirs[name] != ours:
                 raise ValueError(f"--init_from {config.init_from}: was trained with {name} {theirs[name]}; give --{name} {theirs[name]}")
         model = start.model.train()
         model.config.latent_size = c.latent_size
     elif config.init_from:
-        model = load_llama(config.init_from, c, tokenizer.vocab_size - tokenizer.bos)
+        model = load_llama(config.init_from, c, c.vocab_size - tokenizer.bos)
     else:
         model = Transfusion(c)
     config.model = model.config
@@ -499,7 +519,7 @@ class Run:
         if config.data.latents:
             check_latents(config, self.vae)
         c = config.model
-        c.vocab_size, c.latent_channels = self.tokenizer.vocab_size, self.vae.config.latent_channels
+        c.vocab_size, c.latent_channels = self.tokenizer.vocab_size + self.vae.config.codebook, self.vae.config.latent_channels  # codes come last
         c.latent_size = config.data.image_size // self.vae.config.factor
         c.__post_init__()  # check once more, now that the sizes are known
 
@@ -507,7 +527,7 @@ class Run:
         self.model = (initial_model(config, self.tokenizer, start) if not state else Transfusion(c)).to(self.device)
         c, partly = config.model, set()
         if config.freeze_text:
-            n_special, n_all = self.tokenizer.vocab_size - self.tokenizer.bos, sum(p.numel() for p in self.model.parameters())
+            n_special, n_all = c.vocab_size - self.tokenizer.bos, sum(p.numel() for p in self.model.parameters())
             n_trained = freeze_text(self.model, n_special)
             self.say(f"--freeze_text: of {n_all:,} parameters, {n_trained:,} are trained: those of patches, and the rows of the {n_special} special tokens")
             partly = {self.model.embedding.weight, self.model.head.weight}  # decay would move their frozen rows
@@ -554,9 +574,16 @@ class Run:
         """A Batch, and the numbers of its rows -> (the Batch, clean latents (N, C, h, w), t (N,), eps like the latents), on the device.
 
         All that is random (the draw of the VAE's posterior, the timesteps, the noise) is a function of the seed, `key` and the
-        row's number: the same for any division of a step's rows, and again when the step is repeated.
+        row's number: the same for any division of a step's rows, and again when the step is repeated. For a discrete model nothing
+        is: its Batch is one of tokens, and there are no latents.
         """
         c = self.config.model
+        if c.images == "discrete":
+            batch = batch.to(self.device)
+            if len(batch.images):
+                batch = fill_codes(batch, self.tokenizer.vocab_size + self.vae.codes(batch.images))
+            nothing = torch.zeros(0, c.latent_channels, c.latent_size, c.latent_size, device=self.device)
+            return batch, nothing, batch.max_t, nothing
         images_of_row = ((batch.image_id >= 0).sum(1) // c.n_patches).tolist()
         batch, draws = batch.to(self.device), []
         for row, max_t in zip(rows, batch.max_t.split(images_of_row)):
@@ -590,14 +617,14 @@ class Run:
         for n, (batch, x_0, t, eps) in enumerate(batches):
             with self._synchronised(n == len(batches) - 1):
                 with autocast(config, self.device):
-                    lm_sum, per_image = losses(self.parallel, self.ddpm, batch, x_0, t, eps, self.mask)
-                lm_part, ddpm_part = lm_sum / targets, (per_image * (batch.max_t > 0)).sum() / images
+                    per_token, per_image = losses(self.parallel, self.ddpm, batch, x_0, t, eps, self.mask, config.z_loss)
+                lm_part, ddpm_part = per_token.sum() / targets, (per_image * (batch.max_t > 0)).sum() / images
                 loss = lm_part + config.lambda_ddpm * ddpm_part  # eq. 4
                 (loss * self.ranks).backward()  # times ranks: DDP and FSDP average the gradients, and a sum is wanted
             lm, ddpm = lm + lm_part.detach(), ddpm + ddpm_part.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        lm, ddpm = total([lm, ddpm], self.device)
+        lm, ddpm, flops = total([lm, ddpm, sum(self.flops(batch) for batch, *_ in batches)], self.device)
         if not math.isfinite(lm + ddpm + norm):  # before the weights are touched, so that what is here and on disk stays good
             raise FloatingPointError(
                 f"the loss is {lm + config.lambda_ddpm * ddpm:g} and its gradient's norm {norm:g} at step {self.step}: lower --lr (now {config.lr:g}) or --clip; "
@@ -608,10 +635,13 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         self.average.update(min(config.ema, (1 + self.step) / (10 + self.step)))  # warmed up: the first weights are soon forgotten
         self.step += 1
-        batch = batches[0][0]
-        context, images = mean_context(batch, config.model.n_patches), len(batch.max_t) / batch.tokens.numel()  # of a position
-        flops = config.rows * config.data.seq_len * training_flops(self.model, context, images)
-        return {"lm": lm, "ddpm": ddpm, "norm": norm, "lr": lr, "flops": flops}
+        return {"lm": lm} | ({"ddpm": ddpm} if config.model.images == "continuous" else {}) | {"norm": norm, "lr": lr, "flops": flops}
+
+    def flops(self, batch):
+        """Training FLOPs that a batch costs, forward and backward."""
+        c, positions = self.config.model, batch.tokens.numel()
+        context = mean_context(batch, c.n_patches if c.image_attention == "bidirectional" else 1)
+        return positions * training_flops(self.model, context, len(batch.max_t) / positions)
 
     @contextmanager
     def _synchronised(self, last):
@@ -628,16 +658,20 @@ class Run:
 
     @torch.no_grad()
     def validate(self):
-        """The losses of the averaged weights on held-out documents, t drawn uniformly; ddpm also per quarter of the t range."""
-        sums = np.zeros(10)  # lm and its targets; per quarter of t, the loss and its images
+        """The losses of the averaged weights on held-out documents, t drawn uniformly; ddpm also per quarter of the t range. Of a
+        discrete model lm is the text's, the same targets as without codes, and the codes' stands beside it."""
+        sums = np.zeros(12)  # lm and its targets; per quarter of t, the loss and its images; the codes' lm and their number
         with self.average.applied():
             self.parallel.eval()
             for n, batch in enumerate(self.validation):
                 rows = range(self.rank, len(batch.tokens) * self.ranks, self.ranks)
                 batch, x_0, t, eps = self.prepare(batch, rows, 2, n, t_draw="uniform")
                 with autocast(self.config, self.device):
-                    loss, per_image = losses(self.parallel, self.ddpm, batch, x_0, t, eps, self.mask)
-                sums[:2] += loss.item(), int((batch.targets != NO_LOSS).sum())
+                    per_token, per_image = losses(self.parallel, self.ddpm, batch, x_0, t, eps, self.mask)
+                is_code = batch.targets >= self.tokenizer.vocab_size
+                is_text = (batch.targets != NO_LOSS) & (batch.image_id == TEXT) & ~is_code
+                sums[:2] += per_token[is_text].sum().item(), int(is_text.sum())
+                sums[10:] += per_token[is_code].sum().item(), int(is_code.sum())
                 for one, when in zip(per_image.tolist(), t.tolist()):
                     if when > 0:
                         quarter = (when - 1) * 4 // self.ddpm.timesteps
@@ -646,7 +680,10 @@ class Run:
             self.parallel.train()
         sums = np.array(total(sums.tolist(), self.device))
         mean = lambda loss, count: float(loss / count) if count else None
-        return {"val_lm": float(sums[0] / max(1, sums[1])), "val_ddpm": mean(sums[2:6].sum(), sums[6:].sum()), "val_ddpm_by_t": [mean(*q) for q in zip(sums[2:6], sums[6:])]}
+        found = {"val_lm": float(sums[0] / max(1, sums[1]))}
+        if self.config.model.images == "discrete":
+            return found | {"val_codes": mean(*sums[10:])}
+        return found | {"val_ddpm": mean(sums[2:6].sum(), sums[6:10].sum()), "val_ddpm_by_t": [mean(*q) for q in zip(sums[2:6], sums[6:10])]}
 
     def averaged_weights(self):
         """The averaged weights as one state dict on the CPU; of several processes, the first receives it and the others {}."""
@@ -725,14 +762,14 @@ def train(config, resume=False):
             bar.update()
             if run.step % config.log_every == 0 or run.step == config.max_steps:
                 run.log(values)
-                line = f"iter {run.step:6} | lm {values['lm']:.3f} | ddpm {values['ddpm']:.3f} | norm {values['norm']:.2f} | lr {values['lr']:.1e}"
-                line += f" | {values['ms']:.0f} ms | {values['tokens_per_s']:,.0f} tokens/s"
+                line = f"iter {run.step:6} | lm {values['lm']:.3f}" + (f" | ddpm {values['ddpm']:.3f}" if "ddpm" in values else "")
+                line += f" | norm {values['norm']:.2f} | lr {values['lr']:.1e} | {values['ms']:.0f} ms | {values['tokens_per_s']:,.0f} tokens/s"
                 run.say(line + (f" | MFU {values['mfu']:.1%}" if peak else ""))
             if run.step % config.eval_every == 0 or run.step == config.max_steps:
                 found = run.validate()
                 run.log(found)
-                by_t = " ".join("-" if v is None else f"{v:.3f}" for v in found["val_ddpm_by_t"])
-                run.say(f"held-out lm {found['val_lm']:.3f}, ddpm {found['val_ddpm']:.3f} (by quarter of t: {by_t})")
+                shown = lambda v: "-" if v is None else " ".join(map(shown, v)) if isinstance(v, list) else f"{v:.3f}"
+                run.say("held out: " + " | ".join(f"{name.removeprefix('val_')} {shown(value)}" for name, value in found.items()))
                 run.draw_samples(f"samples_{run.step:06d}.png")
                 run.save()
             if any(total([interrupt.asked], run.device)):  # in all processes, whichever was told

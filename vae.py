@@ -9,6 +9,10 @@ and averaged over the batch. The paper's further term on MoCo v2 features is lef
 Trains in float32: half precision gives NaNs here. Each latent channel is standardised by statistics that are measured
 after training and stored with the weights, so that the diffusion sees mean 0 and variance 1.
 
+With `codebook` it is the paper's baseline, a VQ-VAE (van den Oord et al. 2017): the same encoder and decoder, but every latent
+pixel becomes the nearest of so many learned vectors, whose number is its code. 0.25 times the commitment loss, which keeps
+the encoder's outputs near those vectors, takes the place of the KL.
+
 Exports `VAEConfig`, `VAE`, `train_vae`, the checkpoint functions `save_checkpoint` and `load_checkpoint`, and, for other
 people's weights, `load_pretrained`, which a reader of the paper can skip.
 `python vae.py --config small` trains one alone and writes reconstructions; with `--data PATH --encode FOLDER` it encodes
@@ -45,6 +49,8 @@ class VAEConfig:
     quant_convs: bool = False  # 1x1 convolutions on both sides of the latents, which pretrained ones may have
     norm_groups: int = 0  # of every group norm; 0 = 32, fewer where there are fewer channels
     kl_weight: float = 1e-6
+    codebook: int = 0  # vectors of a VQ-VAE (the paper's has 16384); 0 = a KL-VAE
+    commitment_weight: float = 0.25
     perceptual_weight: float = 1.0  # LPIPS, when the package lpips is installed
     disc_weight: float = 0.5
     disc_start: int = 50_000  # step from which the discriminator plays; beyond `steps`: never
@@ -115,7 +121,8 @@ def middle(channels, attention):
 
 
 def encoder(c):
-    """Pictures (N, 3, H, W) -> mean and log-variance (N, 2 latent_channels, H/f, W/f)."""
+    """Pictures (N, 3, H, W) -> mean and log-variance (N, 2 latent_channels, H/f, W/f); of a VQ-VAE (N, latent_channels, H/f, W/f)."""
+    out = c.latent_channels if c.codebook else 2 * c.latent_channels
     layers = [nn.PixelUnshuffle(c.unshuffle), nn.Conv2d(3 * c.unshuffle**2, c.channels, 3, padding=1)]
     width = c.channels
     for level, multiple in enumerate(c.channel_multiples):
@@ -125,8 +132,8 @@ def encoder(c):
             layers.append(ResBlock(width, c.channels * multiple))
             width = c.channels * multiple
     layers += middle(width, c.mid_attention)
-    layers += [norm(width), nn.SiLU(), nn.Conv2d(width, 2 * c.latent_channels, 3, padding=1)]
-    return nn.Sequential(*layers, *([nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)] if c.quant_convs else []))
+    layers += [norm(width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1)]
+    return nn.Sequential(*layers, *([nn.Conv2d(out, out, 1)] if c.quant_convs else []))
 
 
 def decoder(c):
@@ -143,8 +150,61 @@ def decoder(c):
     return nn.Sequential(*layers, norm(width), nn.SiLU(), nn.Conv2d(width, 3 * c.unshuffle**2, 3, padding=1), nn.PixelShuffle(c.unshuffle))
 
 
+class Codebook(nn.Module):
+    """K vectors, moved in training towards the latents that are nearest to each: an online k-means (van den Oord et al. 2017,
+    appendix A.1). A dead one, that hardly any latent is nearest to, is put where some latent of the batch is; they all begin so."""
+
+    DECAY = 0.99
+    DEAD = 0.01  # of the latents that each vector would get if all got equally many
+
+    def __init__(self, size, channels):
+        super().__init__()
+        self.register_buffer("vectors", torch.zeros(size, channels))
+        self.register_buffer("counts", torch.zeros(size))  # how many latents of a batch are nearest to each, a moving average
+
+    def nearest(self, z):
+        """Latents (M, C) -> the numbers of the vectors nearest to them (M,) int64."""
+        return (self.vectors.square().sum(1) - 2 * z @ self.vectors.T).argmin(1)  # |z - v|^2, without |z|^2
+
+    @torch.no_grad()
+    def forward(self, z, generator=None):
+        """Latents (N, C, h, w) -> the nearest vectors, in the same shape, and their codes (N, h, w) int64. In training mode the
+        codebook learns from it; generator: draws which latents revive the dead."""
+        flat = z.movedim(1, -1).flatten(0, 2)
+        if self.training:
+            self.revive(flat, generator)
+        codes = self.nearest(flat).view(z[:, 0].shape)
+        found = self.look_up(codes)
+        if self.training:
+            self.learn(flat, codes.flatten())
+        return found, codes
+
+    def look_up(self, codes):
+        """(N, h, w) -> (N, C, h, w)."""
+        return self.vectors[codes].movedim(-1, 1)
+
+    def revive(self, z, generator=None):
+        share = len(z) / len(self.counts)
+        dead = self.counts < self.DEAD * share
+        chosen = torch.randint(len(z), dead.shape, generator=generator, device=z.device)
+        self.vectors.copy_(torch.where(dead[:, None], z[chosen], self.vectors))
+        self.counts[dead] = share  # time to prove themselves
+
+    def learn(self, z, codes):
+        sums = self.vectors * self.counts[:, None]
+        sums.lerp_(torch.zeros_like(sums).index_add_(0, codes, z), 1 - self.DECAY)
+        self.counts.lerp_(torch.bincount(codes, minlength=len(self.counts)).float(), 1 - self.DECAY)
+        self.vectors.copy_(sums / self.counts[:, None])
+
+
+def codebook_usage(counts):
+    """How often each code occurs (K,) -> share of the codes that do, and their perplexity, to how many equally frequent ones it comes."""
+    p = counts.double() / counts.sum()
+    return float((p > 0).double().mean()), float(torch.special.entr(p).sum().exp())
+
+
 class VAE(nn.Module):
-    """Encoder, decoder and the statistics of the latents."""
+    """Encoder, decoder and the statistics of the latents; of a VQ-VAE also the codebook."""
 
     def __init__(self, config):
         super().__init__()
@@ -155,11 +215,16 @@ class VAE(nn.Module):
                 if module.num_channels % config.norm_groups:
                     raise ValueError(f"norm_groups is {config.norm_groups}; it must divide the channels, {module.num_channels}")
                 module.num_groups = config.norm_groups
+        self.codebook = Codebook(config.codebook, config.latent_channels) if config.codebook else None
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
     def posterior(self, pixels):
-        """q(z | x), not standardised: (N, 3, H, W) in -1..1 -> mean and log-variance, each (N, C, H/f, W/f)."""
+        """q(z | x), not standardised: (N, 3, H, W) in -1..1 -> mean and log-variance, each (N, C, H/f, W/f). Of a VQ-VAE it is a
+        single point, the nearest vector of the codebook."""
+        if self.codebook is not None:
+            mean, _ = self.codebook(self.encoder(pixels))
+            return mean, torch.full_like(mean, -torch.inf)
         mean, log_var = self.encoder(pixels).chunk(2, dim=1)
         return mean, log_var.clamp(-30, 20)
 
@@ -178,6 +243,16 @@ class VAE(nn.Module):
         """Pictures (N, 3, H, W) in -1..1 from standardised latents."""
         return self.decoder(latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]).clamp(-1, 1)
 
+    @torch.no_grad()
+    def codes(self, pixels):
+        """What a VQ-VAE makes of pictures (N, 3, H, W) in -1..1: (N, H/f, W/f) int64, each 0..codebook-1."""
+        return self.codebook(self.encoder(pixels))[1]
+
+    @torch.no_grad()
+    def decode_codes(self, codes):
+        """Pictures (N, 3, H, W) in -1..1 from a VQ-VAE's codes (N, H/f, W/f)."""
+        return self.decoder(self.codebook.look_up(codes)).clamp(-1, 1)
+
 
 class PatchDiscriminator(nn.Sequential):
     """pix2pix's discriminator (Isola et al. 2017): a logit for every patch of the picture."""
@@ -193,13 +268,26 @@ class PatchDiscriminator(nn.Sequential):
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def reconstruction_loss(pixels, output, mean, log_var, config, perceptual=None):
-    """L1 (+ LPIPS) and KL, each summed over a picture and averaged over the batch -> two scalars."""
+def reconstruction_loss(pixels, output, config, perceptual=None):
+    """L1 (+ LPIPS), summed over a picture and averaged over the batch."""
     error = (pixels - output).abs()
     if perceptual is not None:
         error = error + config.perceptual_weight * perceptual(pixels, output)  # (N, 1, 1, 1): counts at every element, as in latent diffusion
+    return error.sum() / len(pixels)
+
+
+def draw_latents(vae, pixels, generator=None):
+    """What the decoder is trained on, and what holds it in shape -> latents (N, C, h, w) with a gradient, and a scalar, summed over
+    a picture and averaged over the batch. KL: a draw of the posterior, and its divergence from the standard normal. VQ: the
+    nearest vectors, whose gradient goes to the encoder's outputs as if they were these, and the commitment loss."""
+    if vae.codebook is not None:
+        z = vae.encoder(pixels)
+        nearest, _ = vae.codebook(z, generator)
+        return z + (nearest - z).detach(), (z - nearest).square().sum() / len(z)
+    mean, log_var = vae.posterior(pixels)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
-    return error.sum() / len(pixels), kl.sum() / len(pixels)
+    return mean + (0.5 * log_var).exp() * noise, kl.sum() / len(mean)
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
@@ -232,8 +320,14 @@ def standardise(vae, pictures, batch):
     vae.latent_std.copy_(z.std((0, 2, 3)))
 
 
+def count_codes(vae, pictures, batch):
+    """How often a VQ-VAE uses each of its codes (K,) in some 2048 pictures; arguments as for standardise."""
+    codes = torch.cat([vae.codes(pictures(i * batch, batch).to(vae.latent_mean.device)).flatten() for i in range(max(1, 2048 // batch))])
+    return torch.bincount(codes, minlength=vae.config.codebook)
+
+
 def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_every=5000, interrupted=lambda: False):
-    """Train a VAE and measure its latents' statistics.
+    """Train a VAE and measure its latents' statistics; of a VQ-VAE also how many codes it uses, which the checkpoint keeps.
 
     pictures(first, n): float32 (n, 3, H, W) in -1..1, pictures number first..first+n-1 of the training data
     path: where the checkpoint goes; resume=True goes on from the one that is there
@@ -269,11 +363,10 @@ def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_e
             group["lr"] = now
         x = pictures(step * config.batch, config.batch).to(device, memory_format=torch.channels_last)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-        mean, log_var = vae.posterior(x)
-        z = mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=device)
+        z, regulariser = draw_latents(vae, x, generator)
         output = vae.decoder(z)
-        rec, kl = reconstruction_loss(x, output, mean, log_var, config, perceptual)
-        loss = rec + config.kl_weight * kl
+        rec = reconstruction_loss(x, output, config, perceptual)
+        loss = rec + (config.commitment_weight if config.codebook else config.kl_weight) * regulariser
         if with_disc and step >= config.disc_start:
             adversarial = -disc(output).mean()
             weight = adaptive_weight(rec, adversarial, vae.decoder[-2].weight)
@@ -290,7 +383,8 @@ def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_e
             (0.5 * hinge).backward()
             disc_optimizer.step()
         if step % 50 == 0 or step == config.steps - 1:
-            bar.set_postfix_str(f"L1 {rec.item() / x[0].numel():.4f}, KL {kl.item():.0f}")
+            more = f"commitment {regulariser.item():.1f}, code perplexity {codebook_usage(vae.codebook.counts)[1]:.0f}" if config.codebook else f"KL {regulariser.item():.0f}"
+            bar.set_postfix_str(f"L1 {rec.item() / x[0].numel():.4f}, {more}")
         step += 1
         if step % save_every == 0:
             save()
@@ -298,7 +392,11 @@ def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_e
             save()
             raise KeyboardInterrupt
     standardise(vae.eval(), pictures, config.batch)
-    save(done=True)
+    usage = {}
+    if config.codebook:
+        usage = dict(zip(("codes_used", "code_perplexity"), codebook_usage(count_codes(vae, pictures, config.batch))))
+        print(f"of {config.codebook:,} codes {usage['codes_used']:.1%} are used; perplexity {usage['code_perplexity']:.1f}", flush=True)
+    save(done=True, **usage)
     return vae
 
 
@@ -548,6 +646,8 @@ if __name__ == "__main__":
         config, resume = parse(argv, "Train the VAE of a preset alone and write reconstructions. --encode FOLDER: write the latents of --data there, for train.py --latents.")
         if folder and not config.data.data:
             raise ValueError("--encode needs --data: the built-in scenes have no end, and are encoded as they are drawn")
+        if folder and config.autoencoder.codebook:
+            raise ValueError("--encode writes continuous latents; leave it out with --images discrete")
         vae = prepare_vae(config, pick_device(config.device), resume)
         if folder:
             pairs = open_pairs(config.data)

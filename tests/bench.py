@@ -100,7 +100,7 @@ def transfusion_step(model, optimizer, work, run_config, device, mask=transfusio
     def loss():
         with autocast(run_config, device):
             lm, per_image = losses(called, ddpm, batch, x_0, t, eps, mask)
-        return lm / (batch.targets != NO_LOSS).sum() + 5 * per_image.mean()
+        return lm.sum() / (batch.targets != NO_LOSS).sum() + 5 * per_image.mean()
 
     return training_step(optimizer, loss)
 

@@ -9,21 +9,24 @@ import sys
 import zlib
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py, and before torch is imported: waiting threads give way to other programs
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(ROOT))
 
+import sample  # noqa: E402
 from data import DataConfig, Picture, Tokenizer  # noqa: E402
 from diffusion import DDPM, DiffusionConfig  # noqa: E402
 from model import Transfusion, TransfusionConfig  # noqa: E402
-from sample import Trained  # noqa: E402
+from sample import Trained, generate  # noqa: E402
 from train import Config  # noqa: E402
 
 
@@ -50,6 +53,18 @@ class PixelVAE:
         return latents.clamp(-1, 1)
 
 
+class LevelVQ(PixelVAE):
+    """The same for a discrete model: the code of a pixel is how bright it is, in 12 levels."""
+
+    codebook = SimpleNamespace(counts=torch.tensor([0.0, 1.0] + [0.0] * 10))
+
+    def codes(self, pixels):
+        return ((pixels.mean(1) + 1) * 5.5).round().long()
+
+    def decode_codes(self, codes):
+        return (codes[:, None] / 5.5 - 1).expand(-1, 3, -1, -1)
+
+
 def tiny_model(seed=0, scale=1.0, side=SIDE, vocab_size=Tokenizer().vocab_size, **more):
     """A small Transfusion with random weights. scale: multiplies matrices; at 1 a fresh model is close to constant. The U-Net's
     convolutions, of which a fresh model has some at zero, are all drawn."""
@@ -66,16 +81,40 @@ def tiny_model(seed=0, scale=1.0, side=SIDE, vocab_size=Tokenizer().vocab_size, 
 
 
 def tiny_trained(model, tokenizer=None, prediction="v", seq_len=160, **more):
-    """A model as sample.generate takes it, with a PixelVAE."""
+    """A model as sample.generate takes it, with a PixelVAE or LevelVQ."""
     config = Config(data=DataConfig(image_size=model.config.latent_size, seq_len=seq_len), diffusion=DiffusionConfig(prediction=prediction),
                     model=model.config, **{"steps": 3, "guidance_scale": 1.0} | more)  # fmt: skip
-    return Trained(model, PixelVAE(), DDPM(prediction=prediction), tokenizer or Tokenizer(), asdict(config))
+    return Trained(model, PixelVAE() if model.patches else LevelVQ(), DDPM(prediction=prediction), tokenizer or Tokenizer(), asdict(config))
 
 
 def picture(seed, side=SIDE, max_t=1000):
     """A document's picture of random pixels."""
     pixels = torch.randint(256, (side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).numpy()
     return Picture(lambda: pixels, max_t)
+
+
+def image(seed, side=SIDE):
+    """The same as generate takes it."""
+    return Image.fromarray(picture(seed, side).load())
+
+
+def generated(trained, documents, seeds, **options):
+    """generate's new parts, before they become text and pictures: a list of ids and latents, or codes, for each document."""
+    kept = {}
+    original = sample.to_document
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "to_document", lambda items, trained: [kept.setdefault(len(kept), items)] and original(items, trained))
+        generate(trained, documents, seeds, **options)
+    return list(kept.values())
+
+
+def same(found, expected):
+    """Tokens and codes exactly, latents up to rounding."""
+    assert [i for i in found if isinstance(i, int)] == [i for i in expected if isinstance(i, int)]
+    assert [isinstance(i, int) for i in found] == [isinstance(i, int) for i in expected]
+    for a, b in zip(found, expected):
+        if not isinstance(a, int):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def drawn_weights(shapes, scale=1.0):

@@ -7,6 +7,8 @@ diffusers.npz  the cosine schedule, and single DDPM and DDIM steps on a small ra
 samplers.npz   whole trajectories of DDPM, DDIM and DPM-Solver++(2M) with a fixed function in the place of a network (diffusers 0.42)
 llama.npz      a tiny LlamaForCausalLM: random weights in float16, tokens, and its logits for them (transformers 5.23)
 llamas.npz     config.json, names of weights, and the logits of four kinds of LlamaForCausalLM; weights by conftest.drawn_weights
+chameleon.npz  names of weights, and the hidden states of a tiny ChameleonModel with Swin's norm placement, for random tokens (transformers 5.23).
+               Its queries and keys are normed by its own RMSNorm, in the place of a LayerNorm for each head
 vaes.npz       the same of four AutoencoderKLs (diffusers 0.42): a picture, its latents' mean and log-variance, and what is decoded
                from the mean; also the names of one VAE's weights in latent diffusion's layout, which diffusers converts
 unet.npz       one of DDPM's residual blocks with a timestep (diffusers' ResnetBlock2D, 0.42): names of weights, input and output
@@ -25,7 +27,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 from scipy.linalg import sqrtm
 from torchmetrics.image.fid import _compute_fid
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import ChameleonConfig, ChameleonModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.chameleon.modeling_chameleon import ChameleonRMSNorm
 
 HERE = Path(__file__).parent / "fixtures"
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=False)
@@ -146,6 +149,20 @@ def llamas():
     np.savez_compressed(HERE / "llamas.npz", **found)
 
 
+def chameleon():
+    config = ChameleonConfig(vocab_size=24, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, swin_norm=True,
+                             rms_norm_eps=1e-5, vocabulary_map={"<image>": 0}, vq_config=dict(base_channels=32, channel_multiplier=[1], num_res_blocks=1), attn_implementation="eager")  # fmt: skip
+    model = ChameleonModel(config).eval()
+    for layer in model.layers:
+        layer.self_attn.q_norm, layer.self_attn.k_norm = ChameleonRMSNorm(8, 1e-5), ChameleonRMSNorm(8, 1e-5)
+    shapes = shapes_of({name: p for name, p in model.named_parameters() if not name.startswith("vqmodel.")})
+    model.load_state_dict(drawn_weights(shapes, scale=2.0), strict=False)
+    tokens = torch.randint(1, 24, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hidden = model(tokens).last_hidden_state
+    np.savez_compressed(HERE / "chameleon.npz", tokens=tokens.numpy(), hidden=hidden.numpy(), shapes=json.dumps(shapes))
+
+
 VAES = {
     "stable diffusion": dict(block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8),
     "without quant": dict(block_out_channels=(32, 32, 64), layers_per_block=2, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False,
@@ -256,6 +273,7 @@ if __name__ == "__main__":
     diffusers_trajectories()
     llama()
     llamas()
+    chameleon()
     vaes()
     unet_block()
     metrics()

@@ -30,22 +30,23 @@ def random_rows(seed, batch=4, length=40):
     return torch.tensor(image_id), torch.tensor(doc_id)
 
 
-def may_attend(image_id, doc_id, q, k):
-    """The paper's rule for one row: itself; anything earlier in the document; anything in the own image."""
+def may_attend(image_id, doc_id, q, k, causal=False):
+    """The paper's rule for one row: itself; anything earlier in the document; anything in the own image, unless images are causal, too."""
     if q == k:
         return True
     if doc_id[q] == -1 or doc_id[q] != doc_id[k]:
         return False
-    return k < q or (image_id[q] != -1 and image_id[q] == image_id[k])
+    return k < q or (not causal and image_id[q] != -1 and image_id[q] == image_id[k])
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_mask_equals_its_definition(seed):
+def test_mask_equals_its_definition(seed, causal):
     image_id, doc_id = random_rows(seed)
-    mask = transfusion_mask(image_id, doc_id)
+    mask = transfusion_mask(image_id, doc_id, causal)
     batch, length = image_id.shape
     assert mask.shape == (batch, 1, length, length) and mask.dtype == torch.bool
-    expected = [[[may_attend(i, d, q, k) for k in range(length)] for q in range(length)] for i, d in zip(image_id.tolist(), doc_id.tolist())]
+    expected = [[[may_attend(i, d, q, k, causal) for k in range(length)] for q in range(length)] for i, d in zip(image_id.tolist(), doc_id.tolist())]
     assert torch.equal(mask[:, 0], torch.tensor(expected))
 
 
@@ -154,10 +155,11 @@ def test_script_prints_and_draws_the_mask(tmp_path, monkeypatch):
 # ---- FlexAttention --------------------------------------------------------------------------------------------------
 
 
-def test_flex_mask_is_the_same_rule():
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_mask_is_the_same_rule(causal):
     """The block mask says, block by block, what the dense mask says; flex_attention with it gives what SDPA gives without."""
     image_id, doc_id = random_rows(1, batch=2, length=512)
-    dense, blocks = transfusion_mask(image_id, doc_id), flex_mask(image_id, doc_id)
+    dense, blocks = transfusion_mask(image_id, doc_id, causal), flex_mask(image_id, doc_id, causal)
     by_block = dense.view(2, 1, 4, 128, 4, 128).any(5).any(3)
     assert torch.equal(blocks.to_dense().bool(), by_block) and not by_block.all()
     q, k, v = torch.randn(3, 2, 2, 512, 16, generator=torch.Generator().manual_seed(0))

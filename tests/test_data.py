@@ -499,8 +499,8 @@ def test_packed_losses_and_gradients_equal_unpacked(patch_encoder):
         assert batch.max_t.tolist() == [1000, 500, 1000]
         model.zero_grad()
         lm, per_image = losses(model, ddpm, batch, batch.images, t, eps)
-        (lm / 100 + 5 * per_image.mean()).backward()
-        found.append((lm.detach(), per_image.detach(), {name: p.grad for name, p in model.named_parameters()}))
+        (lm.sum() / 100 + 5 * per_image.mean()).backward()
+        found.append((lm.detach().sum(), per_image.detach(), {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-4, atol=1e-5)
@@ -513,7 +513,7 @@ def test_losses_count_each_target_once():
     torch.nn.init.zeros_(model.head.weight)
     batch = collate([[[[A, B], pic()]], [[pic(), [C]]]], BYTES, 30, 16)
     lm, per_image = losses(model, DDPM(), batch, batch.images, torch.tensor([1, 2]), torch.randn(2, 3, 8, 8))
-    assert lm.item() == pytest.approx((4 + 3) * np.log(BYTES.vocab_size), rel=1e-5)
+    assert lm.sum().item() == pytest.approx((4 + 3) * np.log(BYTES.vocab_size), rel=1e-5)
     assert per_image.shape == (2,)
 
 

@@ -85,6 +85,25 @@ def test_text_logits_equal_transformers_llama():
     assert prediction.shape == (0, 3, 4, 4)
 
 
+def test_post_norm_and_qk_norm_equal_transformers_chameleon():
+    """Swin v2's norm placement, and queries and keys normed before they are rotated: same weights, same hidden states."""
+    fixture = np.load(FIXTURES / "chameleon.npz")
+    theirs, tokens = drawn_weights(json.loads(fixture["shapes"][()]), scale=2.0), torch.from_numpy(fixture["tokens"])
+    model = Transfusion(TransfusionConfig(dim=32, n_layers=2, n_heads=4, mlp_width=96, vocab_size=24, qk_norm=True, post_norm=True, images="discrete"))
+    weights = {"embedding.weight": theirs["embed_tokens.weight"], "norm.weight": theirs["norm.weight"]}
+    for n in range(2):
+        there, here = lambda name: theirs[f"layers.{n}.{name}.weight"], f"blocks.{n}."
+        weights |= {f"{here}attention.{name}.weight": there(f"self_attn.{name}") for name in ("q_norm", "k_norm")}
+        weights[here + "attention_norm.weight"], weights[here + "mlp_norm.weight"] = there("input_layernorm"), there("post_attention_layernorm")
+        weights[here + "attention.qkv.weight"] = torch.cat([there(f"self_attn.{p}_proj") for p in "qkv"])
+        weights[here + "attention.out.weight"], weights[here + "mlp.down.weight"] = there("self_attn.o_proj"), there("mlp.down_proj")
+        weights[here + "mlp.gate_up.weight"] = torch.cat([there("mlp.gate_proj"), there("mlp.up_proj")])
+    assert model.load_state_dict(weights, strict=False) == (["head.weight"], [])
+    length = tokens.shape[1]
+    hidden = model.trunk(model.embedding(tokens), torch.arange(length)[None], torch.ones(length, length, dtype=torch.bool).tril())
+    torch.testing.assert_close(hidden, torch.from_numpy(fixture["hidden"]), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name, billions", [("0.16b", 0.162), ("0.37b", 0.374), ("0.76b", 0.778), ("1.4b", 1.364), ("7b", 6.74)])
 def test_parameters_of_the_papers_sizes(name, billions):
     with torch.device("meta"):  # shapes without storage
@@ -206,7 +225,7 @@ def test_grouped_heads_equal_repeated_ones():
     assert KVCache(grouped.config, rows=1, length=4).k.shape == (2, 1, 2, 4, 8)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(qk_norm=True), dict(n_heads=4, n_kv_heads=2)], ids=["plain", "qk_norm", "grouped"])
+@pytest.mark.parametrize("options", [dict(), dict(qk_norm=True), dict(n_heads=4, n_kv_heads=2), dict(post_norm=True)], ids=["plain", "qk_norm", "grouped", "post_norm"])
 def test_cache_equals_the_whole_sequence(options):
     """Rows of different lengths, decoded a piece at a time, rows and pieces in any order."""
     model, n = tiny_model(scale=8.0, **options), 9
@@ -239,6 +258,7 @@ def test_writing_a_cache_slot_again_replaces_it():
     (dict(dim=100, n_heads=3), "multiple of 6"), (dict(patch_size=3), "must divide"),
     (dict(patch_encoder="conv"), "must be linear or unet"), (dict(patch_encoder="unet", patch_size=3, latent_size=33), "power of two"),
     (dict(patch_encoder="unet", unet_channels=48), "unet_channels is 48; .* 32, or a multiple of 64"), (dict(patch_encoder="unet", unet_blocks=0), "unet_blocks is 0"),
+    (dict(images="pixels"), "continuous, discrete"), (dict(image_attention="both"), "bidirectional, causal"),
     (dict(n_heads=6, n_kv_heads=4), "n_kv_heads is 4"), (dict(rope_scaling=(8, 1)), "four numbers")])  # fmt: skip
 def test_impossible_sizes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -262,6 +282,7 @@ def test_bfloat16_on_cpu_stays_close(patch_encoder):
 
 @pytest.mark.parametrize("options", [
     dict(), dict(patch_encoder="unet", unet_blocks=2), dict(patch_encoder="unet", patch_size=1), dict(patch_encoder="unet", patch_size=4, unet_channels=64),
+    dict(images="discrete", post_norm=True, vocab_size=300),
 ], ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()))  # fmt: skip
 def test_training_flops_equal_the_counters(options):
     """Against torch's own counter of operations, which counts every query with every key: context = S, no block skipped."""
@@ -274,7 +295,7 @@ def test_training_flops_equal_the_counters(options):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         logits, prediction = model(torch.zeros_like(image_id), image_id, positions, transfusion_mask(image_id), x_t, t)
         (logits.sum() + prediction.sum()).backward()
-    no_gradient = 2 * n * model.patches.timestep.mlp[0].weight.numel()  # for the sinusoids of t, which are not learned
+    no_gradient = 2 * n * model.patches.timestep.mlp[0].weight.numel() if model.patches else 0  # for the sinusoids of t, which are not learned
     assert counter.get_total_flops() == training_flops(model, length, n / (rows * length)) * rows * length - no_gradient
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SIDE, picture, run_here, tiny_model, tiny_trained
+from conftest import SIDE, generated, image, picture, run_here, same, tiny_model, tiny_trained
 from PIL import Image
 
 import sample
@@ -46,10 +46,6 @@ def talker():
     return make_talker()
 
 
-def image(seed):
-    return Image.fromarray(picture(seed).load())
-
-
 @torch.no_grad()
 def recompute(trained, document, seed, *, draw=True, steps=3, sampler="ddpm", eta=0.0, guidance_scale=1.0, temperature=1.0, max_tokens=20, max_images=2):
     """What generate says it does, for one document, the slow way: the whole sequence through `model.forward` at every step, no
@@ -68,7 +64,8 @@ def recompute(trained, document, seed, *, draw=True, steps=3, sampler="ddpm", et
         x = torch.stack(images) if images else torch.zeros(0, 3, SIDE, SIDE)
         times = torch.tensor([0] * (len(images) - 1) + [t] * bool(images), dtype=torch.long)
         image_id = torch.tensor([owner])
-        logits, prediction = model(torch.tensor([ids]), image_id, torch.arange(len(ids))[None], transfusion_mask(image_id), x, times)
+        mask = transfusion_mask(image_id, causal=model.config.image_attention == "causal")
+        logits, prediction = model(torch.tensor([ids]), image_id, torch.arange(len(ids))[None], mask, x, times)
         return logits[0], prediction
 
     for part in document:
@@ -122,25 +119,6 @@ def recompute(trained, document, seed, *, draw=True, steps=3, sampler="ddpm", et
             return new
 
 
-def generated(trained, documents, seeds, **options):
-    """generate's new parts, before they become text and pictures: a list of ids and latents for each document."""
-    kept = {}
-    original = sample.to_document
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "to_document", lambda items, trained: [kept.setdefault(len(kept), items)] and original(items, trained))
-        generate(trained, documents, seeds, **options)
-    return list(kept.values())
-
-
-def same(found, expected):
-    """Tokens exactly, latents up to rounding."""
-    assert [i for i in found if isinstance(i, int)] == [i for i in expected if isinstance(i, int)]
-    assert [isinstance(i, int) for i in found] == [isinstance(i, int) for i in expected]
-    for a, b in zip(found, expected):
-        if not isinstance(a, int):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-
-
 DOCUMENTS = [["a red dot"], [image(1)], [], ["ab", image(2), "make it abcdefghijklmnop"], ["x"], [image(3), image(4)], [image(5), "c"]]
 
 
@@ -162,6 +140,19 @@ def assert_equals_recomputation(talker, options):
     found = generated(trained, DOCUMENTS, seeds, max_tokens=20, max_images=2, **options)
     for document, seed, row in zip(DOCUMENTS, seeds, found):
         same(row, recompute(trained, document, seed, **options))
+
+
+@pytest.mark.parametrize("options", [dict(guidance_scale=3.0), dict(draw=False), dict(guidance_scale=2.0, sampler="dpm++", max_batch=2)], ids=str)
+def test_images_that_are_read_causally_too(talker, options):
+    """--image_attention causal: a step needs a mask, for the rows and their guidance branches."""
+    model, options = tiny_model(image_attention="causal"), dict(temperature=1.0) | options
+    model.load_state_dict(talker.state_dict())
+    found = generated(tiny_trained(model), DOCUMENTS, range(10, 17), max_tokens=12, max_images=2, **options)
+    options.pop("max_batch", None)
+    for document, seed, row in zip(DOCUMENTS, range(10, 17), found):
+        same(row, recompute(tiny_trained(model), document, seed, max_tokens=12, max_images=2, **options))
+    first = lambda model: generated(tiny_trained(model), [["a red dot"]], [10], max_tokens=0)[0][0]
+    assert (first(model) - first(talker)).abs().max() > 0.01
 
 
 def test_the_comparison_above_covers_text_and_images_and_both_in_turn(talker):
@@ -458,7 +449,7 @@ def test_one_document_overfits_in_both_directions():
         t, eps = ddpm.draw_timesteps(batch.max_t, draw), torch.randn(batch.images.shape, generator=draw)
         lm, per_image = losses(model, ddpm, batch, batch.images, t, eps)
         optimizer.zero_grad()
-        (lm / (batch.targets >= 0).sum() + 5 * per_image.mean()).backward()
+        (lm.sum() / (batch.targets >= 0).sum() + 5 * per_image.mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     trained = tiny_trained(model.eval(), steps=25, sampler="ddim")

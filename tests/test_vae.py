@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 
 import vae as vae_module
 from data import Scenes, to_pixels
-from vae import VAE, PatchDiscriminator, VAEConfig, adaptive_weight, load_checkpoint, load_vae, reconstruction_loss, save_checkpoint, train_vae
+from vae import (VAE, Codebook, PatchDiscriminator, VAEConfig, adaptive_weight, codebook_usage, draw_latents, load_checkpoint, load_vae, reconstruction_loss,
+                 save_checkpoint, train_vae)  # fmt: skip
 
 TINY = dict(channels=16, channel_multiples=(1, 2), n_res=0, latent_channels=8, unshuffle=2, mid_attention=False, kl_weight=0.001,
             perceptual_weight=0.0, disc_weight=0.0, steps=150, batch=16, lr=3e-3, warmup=5)  # fmt: skip
@@ -75,17 +77,17 @@ def test_encode_standardises_the_posterior():
 
 def test_kl_equals_torch_distributions():
     mean, log_var = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    _, kl = reconstruction_loss(torch.zeros(5, 3, 8, 8), torch.zeros(5, 3, 8, 8), mean, log_var, VAEConfig())
+    z, kl = draw_latents(SimpleNamespace(codebook=None, posterior=lambda pixels: (mean, log_var)), None, torch.Generator().manual_seed(1))
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean, (log_var / 2).exp()), normal(0.0, 1.0))
     torch.testing.assert_close(kl, expected.sum() / 5)  # summed over a picture, averaged over the batch
+    torch.testing.assert_close(z, mean + (log_var / 2).exp() * torch.randn(mean.shape, generator=torch.Generator().manual_seed(1)))
 
 
 def test_l1_is_summed_over_a_picture_and_perceptual_counts_at_every_element():
-    x, y, zero = torch.zeros(4, 3, 8, 8), torch.full((4, 3, 8, 8), 0.5), torch.zeros(4, 1, 1, 1)
-    rec, kl = reconstruction_loss(x, y, zero, zero, VAEConfig())
-    assert (rec, kl) == (0.5 * 192, 0)
-    rec, _ = reconstruction_loss(x, y, zero, zero, VAEConfig(perceptual_weight=2.0), lambda a, b: torch.full((4, 1, 1, 1), 0.25))
+    x, y = torch.zeros(4, 3, 8, 8), torch.full((4, 3, 8, 8), 0.5)
+    assert reconstruction_loss(x, y, VAEConfig()) == 0.5 * 192
+    rec = reconstruction_loss(x, y, VAEConfig(perceptual_weight=2.0), lambda a, b: torch.full((4, 1, 1, 1), 0.25))
     assert rec == (0.5 + 2 * 0.25) * 192
 
 
@@ -101,6 +103,90 @@ def test_adaptive_weight_is_the_ratio_of_gradients():
 def test_discriminator_judges_patches():
     assert PatchDiscriminator()(torch.zeros(2, 3, 256, 256)).shape == (2, 1, 30, 30)
     assert PatchDiscriminator()(torch.zeros(2, 3, 32, 32)).shape == (2, 1, 2, 2)
+
+
+# ---- The codebook ---------------------------------------------------------------------------------------------------
+
+VQ = TINY | dict(codebook=20)
+
+
+def codebook_of(vectors, counts=None):
+    """A Codebook that holds these vectors."""
+    codebook = Codebook(*vectors.shape)
+    codebook.vectors.copy_(vectors)
+    codebook.counts.copy_(torch.ones(len(vectors)) if counts is None else counts)
+    return codebook
+
+
+def test_codes_are_those_of_the_nearest_vectors():
+    """By brute force; in their places, and decoded from there."""
+    torch.manual_seed(0)
+    vae = VAE(VAEConfig(**VQ)).eval()
+    vae.codebook.vectors.normal_(std=0.2)
+    x = pictures(0, 3)
+    z, codes = vae.encoder(x).detach(), vae.codes(x)
+    assert z.shape == (3, 8, 8, 8) and codes.shape == (3, 8, 8) and codes.dtype == torch.int64 and len(codes.unique()) > 3
+    for n, i, j in np.ndindex(3, 8, 8):
+        distances = [(z[n, :, i, j] - vector).norm().item() for vector in vae.codebook.vectors]
+        assert distances[codes[n, i, j]] == pytest.approx(min(distances), abs=1e-5)
+        assert torch.equal(vae.codebook.look_up(codes)[n, :, i, j], vae.codebook.vectors[codes[n, i, j]])
+    torch.testing.assert_close(vae.decode_codes(codes), vae.decode(vae.encode(x, torch.randn(3, 8, 8, 8))))  # no draw changes a code
+
+
+def test_the_gradient_goes_straight_through():
+    """What the decoder asks of the quantised latents reaches the encoder's as it is; the commitment loss pulls these to their vectors."""
+    z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    stand_in = SimpleNamespace(encoder=lambda pixels: z, codebook=codebook_of(torch.randn(6, 4, generator=torch.Generator().manual_seed(1))).eval())
+    quantised, commitment = draw_latents(stand_in, None)
+    nearest, _ = stand_in.codebook(z)
+    torch.testing.assert_close(quantised, nearest)
+    direction = torch.randn(quantised.shape, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(torch.autograd.grad(quantised, z, direction, retain_graph=True)[0], direction)
+    assert commitment.item() == pytest.approx(((z - nearest) ** 2).sum().item() / 2)  # summed over a picture, averaged over the batch
+    torch.testing.assert_close(torch.autograd.grad(commitment, z)[0], 2 * (z - nearest) / 2)
+
+
+def test_vectors_move_to_the_mean_of_their_latents():
+    """A moving average of sums over one of counts; what is nobody's nearest stays where it is."""
+    codebook, z = codebook_of(torch.tensor([[0.0, 0.0], [10.0, 0.0], [50.0, 50.0]]), torch.tensor([4.0, 1.0, 2.0])), torch.tensor([[1.0, 0.0], [0.0, 2.0], [9.0, 0.0]])
+    codebook(z.T.reshape(1, 2, 3, 1))
+    torch.testing.assert_close(codebook.counts, torch.tensor([0.99 * 4 + 0.02, 0.99 + 0.01, 0.99 * 2]))
+    torch.testing.assert_close(codebook.vectors, torch.tensor([[0.01 / 3.98, 0.02 / 3.98], [0.99 * 10 + 0.09, 0.0], [50.0, 50.0]]))
+    before = codebook.vectors.clone()
+    codebook.eval()(z.T.reshape(1, 2, 3, 1))
+    assert torch.equal(codebook.vectors, before)
+
+
+def test_dead_codes_are_revived_from_the_batch():
+    """At first all; later those, and only those, that get hardly any latents, though not at once after a revival."""
+    z = torch.randn(1, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    latents = {tuple(v.tolist()) for v in z.flatten(2)[0].T}
+    codebook = Codebook(6, 4)
+    codebook.revive(z.flatten(2)[0].T, torch.Generator().manual_seed(1))
+    assert all(tuple(v.tolist()) in latents for v in codebook.vectors)
+    codebook.vectors[2], codebook.counts[2], codebook.counts[4] = 99.0, 0.05, 0.08  # of 40 / 6 = 6.7 each, dead below 0.067
+    before = codebook.vectors.clone()
+    codebook.revive(z.flatten(2)[0].T, torch.Generator().manual_seed(2))
+    assert (codebook.vectors != before).any(1).tolist() == [False, False, True, False, False, False] and tuple(codebook.vectors[2].tolist()) in latents
+    again = codebook.vectors.clone()
+    codebook.revive(z.flatten(2)[0].T, torch.Generator().manual_seed(3))
+    assert torch.equal(codebook.vectors, again)
+
+
+def test_usage():
+    assert codebook_usage(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx((0.8, 4.0))
+    assert codebook_usage(torch.tensor([7, 0])) == pytest.approx((0.5, 1.0))
+
+
+def test_a_vq_vae_learns_and_says_how_many_codes_it_uses(tmp_path, capsys):
+    vae, x = train_vae(VAEConfig(**VQ), pictures, tmp_path / "vae.pt"), SCENES[256:]
+    constant = (x - SCENES.median(0).values).abs().mean()
+    assert (x - vae.decode_codes(vae.codes(x))).abs().mean() < 0.8 * constant
+    state = load_checkpoint(tmp_path / "vae.pt")
+    share, perplexity = codebook_usage(torch.bincount(torch.cat([vae.codes(pictures(n, 256)) for n in range(0, 2048, 256)]).flatten(), minlength=20))
+    assert (state["codes_used"], state["code_perplexity"]) == pytest.approx((share, perplexity)) and share > 0.5
+    assert f"of 20 codes {share:.1%} are used; perplexity {perplexity:.1f}" in capsys.readouterr().out
+    assert torch.equal(load_vae(tmp_path / "vae.pt").codes(x), vae.codes(x))
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -138,7 +224,7 @@ def test_same_seed_same_vae(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a) and not all(torch.equal(a[name], c[name]) for name in a)
 
 
-@pytest.mark.parametrize("change", [dict(), dict(disc_weight=0.5, disc_start=2)], ids=["plain", "with discriminator"])
+@pytest.mark.parametrize("change", [dict(), dict(disc_weight=0.5, disc_start=2), dict(codebook=50)], ids=["plain", "with discriminator", "VQ"])
 def test_interrupted_and_resumed_equals_straight(change, tmp_path):
     config = VAEConfig(**TINY | dict(steps=8) | change)
     straight = train_vae(config, pictures, tmp_path / "straight.pt").state_dict()
