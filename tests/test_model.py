@@ -208,7 +208,7 @@ def test_a_fresh_unet_predicts_zero_and_then_learns():
     assert found[0] == pytest.approx(x.square().mean().item()) and found[-1] < 0.1
 
 
-# ---- The cache ------------------------------------------------------------------------------------------------------
+# ---- Groups of heads, and the cache ----------------------------------------------------------------------------------
 
 
 def test_grouped_heads_equal_repeated_ones():

@@ -178,10 +178,10 @@ def test_training_starts_from_our_own(small_run, tmp_path):
     (dict(init_from="nowhere"), "nowhere: no such checkpoint"),
     (dict(init_from="llama"), r"llama: knows 24 tokens, but the tokenizer 256; give --tokenizer .*llama/tokenizer.json"),
     (dict(init_from="shardless"), "shardless/model.safetensors: no such file"),
-    (dict(init_from="ours", patch_size=1), "trained with patch_size 2; give --patch_size 2"),
+    (dict(init_from="ours", patch_size=1), "trained with patch_size 4; give --patch_size 4"),
     (dict(init_from="ours", patch_encoder="unet"), "trained with patch_encoder linear; give --patch_encoder linear"),
     (dict(init_from="ours", prediction="eps"), "trained with prediction v; give --prediction v"),
-    (dict(init_from="ours", vae="other.pt"), "--vae .*other.pt: has latents of 3 channels, 2 pixels apart, but the checkpoint was trained on latents of 8 channels, 4 pixels apart"),
+    (dict(init_from="ours", vae="other.pt"), "--vae .*other.pt: has latents of 3 channels, 2 pixels apart, but the checkpoint was trained on latents of 4 channels, 4 pixels apart"),
     (dict(vae="broken.safetensors"), "broken.safetensors: is not a safetensors file"),
 ])  # fmt: skip
 def test_what_cannot_be_started_from_is_refused(options, message, small_run, tmp_path):
