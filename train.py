@@ -42,7 +42,7 @@ from tqdm import tqdm
 from attention_mask import flex_mask, transfusion_mask
 from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer, to_pixels
 from diffusion import DDPM, SAMPLERS, DiffusionConfig
-from evaluate import evaluate, format_scores
+from evaluate import evaluate, format_scores, tell
 from model import SIZES, Transfusion, TransfusionConfig, freeze_text, inspect_llama, load_llama, training_flops
 from sample import Parser, Trained, contact_sheet, generate, load, pick_device
 from vae import VAE, VAEConfig, fingerprint, load_checkpoint, load_vae, read_json, save_checkpoint, standardise, train_vae
@@ -151,6 +151,9 @@ PRESETS = {
     # Relations instead of places ("a red circle above a blue square"): the model must bind two objects through one word.
     # Drawing that is the slow part here, so more pairs teach it.
     "relations": SMALL | dict(data=SMALL["data"] | dict(grammar="relations", seq_len=104, caption_first=0.6), max_steps=4500, eval_every=1000),
+    # Fine-tuning of "small", with --init_from: edits (section 4.5), and stories of three pictures.
+    "small_edit": SMALL | dict(data=SMALL["data"] | dict(documents="edits"), max_steps=1000, guidance_scale=1.0),
+    "small_story": SMALL | dict(data=SMALL["data"] | dict(documents="stories", seq_len=144), max_steps=1000),
     # For a GPU: 64x64 pictures of up to four objects with sizes, places, relations and backgrounds.
     "rich": SMALL | dict(
         model=SMALL["model"] | dict(dim=384, n_layers=8, n_heads=6), data=SMALL["data"] | dict(grammar="rich", image_size=64, seq_len=512),
@@ -660,13 +663,17 @@ class Run:
         return Trained(model, self.vae, self.ddpm, self.tokenizer, asdict(self.config))
 
     def draw_samples(self, name, n=12):
-        """Pictures for held-out captions, with the captions under them, as a PNG in the output folder."""
+        """Pictures for held-out captions, or of held-out edits or stories, with the text before each under it, as a PNG in the output folder."""
         trained = self.trained()
         if trained:
             pairs = open_pairs(self.config.data, "held_out", self.config.seed)
-            captions = [pairs.pair(i)[0] for i in range(n)]
-            documents = generate(trained, [[caption] for caption in captions], max_tokens=0)
-            contact_sheet([document[-1] for document in documents], captions, columns=6).save(self.out / name)
+            if self.config.data.documents == "pairs":
+                documents = generate(trained, [[pairs.pair(i)[0]] for i in range(n)], max_tokens=0)
+            else:
+                documents = tell(trained, [pairs.example(i) for i in range(n)])
+            parts = [(part, before) for document in documents for before, part in zip(["", *document], document)]
+            images, texts = zip(*((part, before) for part, before in parts if not isinstance(part, str)))
+            contact_sheet(images, texts, columns=6).save(self.out / name)
 
     def log(self, values):
         """One JSON line in log.jsonl, and the same to Weights & Biases."""
@@ -742,7 +749,8 @@ def train(config, resume=False):
         print(format_scores(scores))
         (run.out / "scores.json").write_text(json.dumps(scores, indent=1))
         print(f"{time.time() - began:.0f} s in all. In {run.out}: checkpoint.pt, samples_*.png, log.jsonl, scores.json. Now try:")
-        print(f"    python sample.py --ckpt {run.checkpoint} --prompt \"{open_pairs(config.data, 'held_out', 1).pair(0)[0]}\"")
+        text, more = {"pairs": (0, ""), "edits": (1, " --image PICTURE.png"), "stories": (0, " --max_images 3")}[config.data.documents]
+        print(f"    python sample.py --ckpt {run.checkpoint}{more} --prompt \"{open_pairs(config.data, 'held_out', 1).pair(text)[0]}\"")
     return run
 
 
