@@ -56,7 +56,7 @@ class DataConfig:
     image_size: int = 256  # pixels a side
     seq_len: int = 4096  # tokens a row; documents are packed into it
     caption_first: float = 0.8  # share of pairs whose caption precedes the picture (section 4.1)
-    drop_caption: float = 0.1  # share of caption-first pairs without the caption: the unconditional branch of guidance
+    drop_caption: float = 0.1  # share of caption-first pairs and stories without the caption, and of edits without what precedes the output: the unconditional branch of guidance
     image_first_max_t: int = 500  # noise limit where the picture precedes its caption (section 4.3); 1000 = none
     latents: str = ""  # folder that vae.py --encode wrote: read in the place of the pictures, for the VAE's encoder takes long at 256x256
     max_broken: float = 0.05  # training stops if more than this share of the pairs, pictures or texts cannot be used
@@ -546,9 +546,12 @@ class Documents:
         return [ids, picture] if caption_first else [picture, ids]
 
     def _edit(self, number):
-        """<BOI> input <EOI> instruction <BOI> output <EOI> (section 4.5): the input is conditioning, clean and without a diffusion loss."""
+        """<BOI> input <EOI> instruction <BOI> output <EOI> (section 4.5): the input is conditioning, clean and without a diffusion loss;
+        or, for guidance, the output alone."""
         (before, after), (instruction,) = self.pairs.example(number)
-        return [Picture(before.render, 0), self.tokenizer.encode(instruction), Picture(after.render, self.timesteps)]
+        dropped = np.random.default_rng([self.seed, 7, number]).random() < self.config.drop_caption
+        given = [[]] if dropped else [Picture(before.render, 0), self.tokenizer.encode(instruction)]
+        return [*given, Picture(after.render, self.timesteps)]
 
     def _story(self, number):
         """caption <BOI> picture <EOI> instruction <BOI> picture <EOI> ...: what is drawn when sampling has clean pictures before it. So one

@@ -271,18 +271,21 @@ def tell(trained, stories, seed=0):
 
 
 def story_accuracy(trained, stories, grammar, seed=0):
-    """Have stories drawn and judge them -> {what: {aspect: share, "n": of how many}}, what being "edits" or the number of a picture in its
-    story, and again by the first word of the instruction."""
-    verdicts = defaultdict(list)
+    """Have stories drawn and judge them -> {what: {aspect: share, "n": of how many}}. what: "edits"; or "stories", right if all of their
+    pictures are, and "picture 1" and so on; then the changes once more, by the first word of their instruction."""
+    whole, by_word = defaultdict(list), defaultdict(list)
     for (scenes, instructions), document in zip(stories, tell(trained, stories, seed)):
-        pictures, edit = [np.array(part) for part in document if not isinstance(part, str)], not isinstance(document[0], str)
-        if not edit:
-            verdicts["picture 1"].append({"all": judge(scenes[0].caption, pictures[0], grammar)["all"]})
-        for k, instruction in enumerate(instructions):
-            verdict = judge_change(*scenes[k : k + 2], *pictures[k : k + 2], grammar)
-            verdicts["edits" if edit else f"picture {k + 2}"].append(verdict)
-            verdicts[instruction.split()[0]].append(verdict)
-    return {what: {aspect: float(np.mean([v[aspect] for v in found])) for aspect in found[0]} | {"n": len(found)} for what, found in verdicts.items()}
+        pictures = [np.array(part) for part in document if not isinstance(part, str)]
+        verdicts = [judge_change(*scenes[k : k + 2], *pictures[k : k + 2], grammar) for k in range(len(instructions))]
+        for instruction, verdict in zip(instructions, verdicts):
+            by_word[instruction.split()[0]].append(verdict)
+        if isinstance(document[0], str):  # the first picture, too, was drawn
+            verdicts = [{"all": judge(scenes[0].caption, pictures[0], grammar)["all"]}, *verdicts]
+            whole["stories"].append({"all": all(verdict["all"] for verdict in verdicts)})
+        for k, verdict in enumerate(verdicts, start=1):
+            whole["edits" if len(verdicts) == 1 else f"picture {k}"].append(verdict)
+    rows = whole | dict(sorted(by_word.items()))
+    return {what: {aspect: float(np.mean([v[aspect] for v in found])) for aspect in found[0]} | {"n": len(found)} for what, found in rows.items()}
 
 
 def write_captions(trained, pictures, progress=lambda x: x):
@@ -324,6 +327,8 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", cl
     Raises ValueError if those cannot be used.
     """
     data, device = replace(DataConfig(**trained.config["data"]), latents=""), next(trained.model.parameters()).device
+    if data.documents != "pairs" and (inception or clip):
+        raise ValueError(f"--inception and --clip score what is drawn from captions, but this model was trained on {data.documents}; leave them out")
     splits = Pairs.SPLITS[1:] if data.data else Scenes.SPLITS[1:]
     features, clip_score = inception and inception_features(inception, device), clip and clip_scorer(clip, device)
     scores = {"judged": judged, "seed": seed, "splits": {}}

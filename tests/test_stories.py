@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate as evaluate_module
 from data import COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, PLACES, DataConfig, Documents, Picture, Scenes, Shape, Stories, Tokenizer, collate, held_out_combination, open_pairs
-from evaluate import CHANGE_ASPECTS, evaluate, format_scores, judge, judge_change, tell
+from evaluate import CHANGE_ASPECTS, evaluate, format_scores, judge, judge_change, story_accuracy, tell
 from train import Run, losses, parse
 from vae import load_checkpoint
 
@@ -136,7 +136,7 @@ def documents(kind, timesteps=1000, **options):
 
 def test_an_edit_written_out():
     """<BOI> input <EOI> instruction <BOI> output <EOI>: text loss on the instruction, a diffusion loss on the output alone."""
-    make = documents("edits", timesteps=200)
+    make = documents("edits", timesteps=200, drop_caption=0.0)
     (before, after), (instruction,) = make.pairs.example(4)
     given, text, drawn = make(4)
     assert (given.max_t, text, drawn.max_t) == (0, T.encode(instruction), 200)
@@ -146,6 +146,15 @@ def test_an_edit_written_out():
     assert batch.tokens[0, :n].tolist() == [T.bos, T.boi, T.pad, T.pad, T.eoi, *text, T.boi, T.pad, T.pad, T.eoi]
     assert batch.targets[0, :n].tolist() == [T.boi, NO_LOSS, NO_LOSS, NO_LOSS, *text, T.boi, NO_LOSS, NO_LOSS, NO_LOSS, T.eos]
     assert batch.max_t.tolist() == [0, 200]
+
+
+def test_a_tenth_of_the_edits_is_the_output_alone():
+    """What guidance compares with: nothing asked, nothing to edit."""
+    make, n = documents("edits"), 1000
+    alone = [i for i in range(n) if not isinstance(make(i)[0], Picture)]
+    assert abs(len(alone) - n / 10) < 4 * (n * 0.09) ** 0.5
+    empty, drawn = make(alone[0])
+    assert empty == [] and drawn.max_t == 1000 and np.array_equal(drawn.load(), make.pairs.example(alone[0])[0][1].render())
 
 
 def test_a_story_written_out():
@@ -165,7 +174,7 @@ def test_a_story_written_out():
 
 def test_a_step_counts_no_loss_on_clean_pictures(small_run, tmp_path):
     """The logged diffusion loss is the mean over the noised pictures, and the clean ones are at t = 0."""
-    options = dict(config="small_edit", init_from=small_run[0] / "out/small", rows=2, eval_documents=4, out=tmp_path)
+    options = dict(config="small_edit", init_from=small_run[0] / "out/small", rows=2, eval_documents=4, drop_caption=0.0, out=tmp_path)
     run = Run(*parse(flags(**options)))
     again = Run(*parse(flags(**options | dict(out=tmp_path / "again"))))
     ((batch, x_0, t, eps),) = again.micro_batches()
@@ -267,7 +276,7 @@ def untrained(kind):
 
 
 @pytest.mark.parametrize("wrong", [0, 5])
-@pytest.mark.parametrize("kind, rows", [("edits", {"edits"}), ("stories", {"picture 1", "picture 2", "picture 3"})])
+@pytest.mark.parametrize("kind, rows", [("edits", {"edits"}), ("stories", {"stories", "picture 1", "picture 2", "picture 3"})])
 def test_scores_count_what_is_right(kind, rows, wrong, monkeypatch):
     source = {split: open_pairs(DataConfig(documents=kind, image_size=32), split, 1) for split in SPLITS}
     monkeypatch.setattr(evaluate_module, "generate", teller([source[split].example(i) for split in SPLITS for i in range(20)], wrong))
@@ -281,6 +290,22 @@ def test_scores_count_what_is_right(kind, rows, wrong, monkeypatch):
     table = format_scores(scores)
     assert all(f"{split.replace('_', ' ')}, {row}" in table for split in SPLITS for row in rows) and "kept" in table and "perplexity" not in table
     assert f"{100 * (20 - wrong) / 20:.1f}" in table
+
+
+def test_a_story_is_right_if_all_of_its_pictures_are(monkeypatch):
+    """Each of three stories fails in another picture: two thirds of each picture are right, and no story is."""
+    examples, asked = stories(3, changes=2), itertools.count()
+    right = teller(examples)
+
+    def generate(trained, documents, *_, **__):
+        of_all, wrong = right(trained, documents), next(asked)
+        return [[*d[:-1], Image.new("RGB", (32, 32)) if n == wrong else d[-1]] for n, d in enumerate(of_all)]
+
+    monkeypatch.setattr(evaluate_module, "generate", generate)
+    found = story_accuracy(untrained("stories"), examples, "places")
+    assert found["stories"] == {"all": 0, "n": 3} and found["picture 1"] == {"all": pytest.approx(2 / 3), "n": 3}
+    # A story that goes on rightly from a wrong picture has not kept what was there.
+    assert found["picture 2"]["scene"] == found["picture 3"]["scene"] == pytest.approx(2 / 3) and found["picture 2"]["all"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("kind", ["edits", "stories"])
