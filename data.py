@@ -554,12 +554,14 @@ class Documents:
         return [*given, Picture(after.render, self.timesteps)]
 
     def _story(self, number):
-        """caption <BOI> picture <EOI> instruction <BOI> picture <EOI> ...: what is drawn when sampling has clean pictures before it. So one
-        picture is picked: those before it are clean, without a diffusion loss, and from it on all are noised."""
+        """caption <BOI> picture <EOI> instruction <BOI> picture <EOI> ...: a picture that is sampled has finished ones before it. So one
+        picture is picked: those before it are clean, without a diffusion loss, and from it on all are noised. The later ones are
+        picked more often, for they must learn to look at pictures; the first has words alone, as in a pair."""
         scenes, instructions = self.pairs.example(number)
-        picked, drop = np.random.default_rng([self.seed, 7, number]).random(2)
+        u, drop = np.random.default_rng([self.seed, 7, number]).random(2)
+        picked = int(len(scenes) * u**0.5)  # of three pictures: 1, 3 and 5 times in 9
         texts = [self.tokenizer.encode(text) for text in ("" if drop < self.config.drop_caption else scenes[0].caption, *instructions)]
-        limits = [self.timesteps if k >= int(picked * len(scenes)) else 0 for k in range(len(scenes))]
+        limits = [self.timesteps if k >= picked else 0 for k in range(len(scenes))]
         return [part for ids, scene, max_t in zip(texts, scenes, limits) for part in (ids, Picture(scene.render, max_t))]
 
     def name(self, index):

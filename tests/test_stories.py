@@ -168,7 +168,7 @@ def test_a_story_written_out():
         assert limits in ([1000, 1000, 1000], [0, 1000, 1000], [0, 0, 1000])
         picked[limits.count(0)] += 1
         dropped += not document[0]
-    assert all(abs(count - n / 3) < 4 * (n * 2 / 9) ** 0.5 for count in picked.values()) and abs(dropped - n / 10) < 4 * (n * 0.09) ** 0.5
+    assert all(abs(picked[k] / n - share) < 4 * (share * (1 - share) / n) ** 0.5 for k, share in enumerate((1 / 9, 3 / 9, 5 / 9))) and abs(dropped - n / 10) < 4 * (n * 0.09) ** 0.5
     assert all(np.array_equal(part.load(), scene.render()) for part, scene in zip(document[1::2], scenes))
 
 
