@@ -44,7 +44,7 @@ from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, open_p
 from diffusion import DDPM, SAMPLERS, DiffusionConfig
 from evaluate import evaluate, format_scores, tell
 from model import SIZES, Transfusion, TransfusionConfig, freeze_text, inspect_llama, load_llama, training_flops
-from sample import Parser, Trained, contact_sheet, generate, load, pick_device
+from sample import Parser, Trained, captioned, contact_sheet, generate, load, pick_device
 from vae import VAE, VAEConfig, fingerprint, load_checkpoint, load_vae, read_json, save_checkpoint, standardise, train_vae
 
 
@@ -671,8 +671,7 @@ class Run:
                 documents = generate(trained, [[pairs.pair(i)[0]] for i in range(n)], max_tokens=0)
             else:
                 documents = tell(trained, [pairs.example(i) for i in range(n)])
-            parts = [(part, before) for document in documents for before, part in zip(["", *document], document)]
-            images, texts = zip(*((part, before) for part, before in parts if not isinstance(part, str)))
+            images, texts = zip(*(shown for document in documents for shown in captioned(document)))
             contact_sheet(images, texts, columns=6).save(self.out / name)
 
     def log(self, values):

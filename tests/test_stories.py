@@ -15,6 +15,7 @@ from PIL import Image
 import evaluate as evaluate_module
 from data import COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, PLACES, DataConfig, Documents, Picture, Scenes, Shape, Stories, Tokenizer, collate, held_out_combination, open_pairs
 from evaluate import CHANGE_ASPECTS, evaluate, format_scores, judge, judge_change, story_accuracy, tell
+from sample import captioned
 from train import Run, losses, parse
 from vae import load_checkpoint
 
@@ -328,6 +329,11 @@ def test_stories_are_told_after_the_pictures_that_were_drawn(monkeypatch):
     (document,) = tell(untrained("stories"), examples)
     assert [part if isinstance(part, str) else part.getpixel((0, 0))[0] for part in document] == [scenes[0].caption, 1, texts[0], 2, texts[1], 3]
     assert [len(documents[0]) for documents in asked] == [1, 3, 5] and asked[2][0][:4] == document[:4]
+
+
+def test_pictures_go_with_the_text_before_them():
+    a, b = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    assert captioned(["one", a, "two", b, "end"]) == [(a, "one"), (b, "two")] and captioned([a, b]) == [(a, ""), (b, "")] and captioned(["one"]) == []
 
 
 # ---- As a user runs them --------------------------------------------------------------------------------------------
