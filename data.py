@@ -2,7 +2,8 @@
 
     Tokenizer   bytes, or byte-pair encoding learned from the captions; <BOS>, <EOS>, <BOI>, <EOI> and padding after its pieces
     Scenes      the built-in pictures: coloured shapes drawn with Pillow, and the captions that describe them exactly
-    Documents   pairs in both orders, <BOS> caption <BOI> patches <EOI> <EOS> or <BOS> <BOI> patches <EOI> caption <EOS>, and text
+    Stories     scenes that change as instructions say: edits (section 4.5), and longer ones
+    Documents   pairs in both orders, <BOS> caption <BOI> patches <EOI> <EOS> or <BOS> <BOI> patches <EOI> caption <EOS>; edits, stories, text
     Stream      documents packed into rows of a fixed length
     Batch       what travels from here to the loss; every other file reads it by these names
     Loader      the batches of a stream, their pictures decoded ahead of need in other processes
@@ -52,10 +53,11 @@ class DataConfig:
     tokenizer: str = ""  # a tokenizer.json, read with the package tokenizers; "" = bytes and `merges`
     merges: int = 0  # at most so many pairs of tokens are merged, as the captions suggest; 0 = plain bytes
     grammar: str = "places"  # of the built-in scenes: "places", "relations" or "rich"
+    documents: str = "pairs"  # of caption and picture; of the built-in scenes also "edits" (section 4.5) and "stories"
     image_size: int = 256  # pixels a side
     seq_len: int = 4096  # tokens a row; documents are packed into it
     caption_first: float = 0.8  # share of pairs whose caption precedes the picture (section 4.1)
-    drop_caption: float = 0.1  # share of caption-first pairs without the caption: the unconditional branch of guidance
+    drop_caption: float = 0.1  # share of caption-first pairs and stories without the caption, and of edits without what precedes the output: the unconditional branch of guidance
     image_first_max_t: int = 500  # noise limit where the picture precedes its caption (section 4.3); 1000 = none
     latents: str = ""  # folder that vae.py --encode wrote: read in the place of the pictures, for the VAE's encoder takes long at 256x256
     max_broken: float = 0.05  # training stops if more than this share of the pairs, pictures or texts cannot be used
@@ -72,6 +74,10 @@ class DataConfig:
             raise ValueError(f"merges is {self.merges} and workers {self.workers}; neither may be below 0")
         if self.grammar not in GRAMMARS:
             raise ValueError(f"grammar is {self.grammar!r}; it must be one of {', '.join(GRAMMARS)}")
+        if self.documents not in ("pairs", *CHANGES):
+            raise ValueError(f"documents is {self.documents!r}; it must be one of pairs, {', '.join(CHANGES)}")
+        if self.documents != "pairs" and (self.data or not GRAMMARS[self.grammar][2]):
+            raise ValueError(f"documents is {self.documents!r}, for which the built-in scenes must tell places: leave --data out, and give --grammar places or rich")
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
@@ -269,6 +275,13 @@ def held_out_combination(*pairs):
     return int(sha256(name.encode()).hexdigest(), 16) % 100 < 15
 
 
+def split_of(pairs):
+    """Where a picture of these objects, (colour, kind) each, may occur: "train" (and "seen"), "held_out" or "never_seen"."""
+    if any(pair in NEVER_SEEN for pair in pairs):
+        return "never_seen"
+    return "held_out" if any(held_out_combination(a, b) for a, b in itertools.combinations(pairs, 2)) else "train"
+
+
 class Scenes:
     """The built-in captioned pictures, drawn on the fly: endless, and example(i) is always the same.
 
@@ -289,7 +302,7 @@ class Scenes:
         rng = np.random.default_rng([self.seed, self.SPLITS.index(self.split), index])
         while True:
             pairs = self._draw_pairs(rng)
-            if self._belongs(pairs):
+            if split_of(pairs) == ("train" if self.split == "seen" else self.split):
                 return self._arrange(pairs, rng)
 
     def _draw_pairs(self, rng):
@@ -297,12 +310,6 @@ class Scenes:
         # Two objects in most pictures: a single one teaches neither binding nor counting.
         number = least if rng.random() < 0.2 else int(rng.integers(2, self.most + 1))
         return [self.pairs[i] for i in rng.integers(len(self.pairs), size=number)]
-
-    def _belongs(self, pairs):
-        if any(pair in NEVER_SEEN for pair in pairs):
-            return self.split == "never_seen"
-        held_out = any(held_out_combination(a, b) for a, b in itertools.combinations(pairs, 2))
-        return self.split == "held_out" if held_out else self.split in ("train", "seen")
 
     def _arrange(self, pairs, rng):
         background = self.backgrounds[rng.integers(len(self.backgrounds))]
@@ -340,6 +347,89 @@ class Scenes:
     def name(self, index):
         """What messages call it."""
         return f"scene {index}"
+
+
+CHANGES = {"edits": 1, "stories": 2}  # how often a scene changes in these documents
+
+
+class Stories:
+    """Scenes that change, one thing at a time, as an instruction says. example(i) is always the same.
+
+    changes: how many; each is of another of KINDS. With one, a story is an edit: a scene, an instruction, the scene after it
+    split: as of Scenes; a story belongs where its rarest scene does, so that no scene of a training story is of a held-out
+        combination. Training has TRAINED stories, over and over
+    """
+
+    KINDS = ("recolour", "move", "remove", "add")
+    TRAINED = 8192  # section 4.5: "8k"
+
+    def __init__(self, grammar="places", image_size=32, split="train", seed=0, changes=1):
+        self.scenes, self.split, self.seed, self.changes = Scenes(grammar, image_size, "train", seed), split, seed, changes
+
+    def example(self, index):
+        """Story number `index`: its Scenes, one more than there are changes, and the instructions between them."""
+        index, splits = index % self.TRAINED if self.split == "train" else index, Scenes.SPLITS
+        rng = np.random.default_rng([self.seed, 10, splits.index(self.split), index])
+        kinds = rng.permutation(self.KINDS)[: self.changes]
+        while True:
+            scenes, instructions = [self.scenes._arrange(self.scenes._draw_pairs(rng), rng)], []
+            for kind in kinds:
+                instruction, scene = self._change(scenes[-1], kind, rng)
+                instructions.append(instruction)
+                scenes.append(scene)
+            rarest = max((split_of([(s.colour, s.kind) for s in scene.shapes]) for scene in scenes), key=splits.index)
+            if all(instructions) and rarest == ("train" if self.split == "seen" else self.split):
+                return scenes, instructions
+
+    def _change(self, scene, kind, rng):
+        """One change at random -> the instruction and the Scene after it; "" and the same Scene where such a change is not possible."""
+        shapes, cells = list(scene.shapes), self.scenes.cells
+        i, new = rng.integers(len(shapes)), self.scenes._arrange([self.scenes.pairs[rng.integers(len(self.scenes.pairs))]], rng).shapes[0]
+        shape, free = shapes[i], [place for place in PLACES[cells] if place not in {s.place for s in shapes}]
+        impossible = {"remove": len(shapes) == 1, "add": len(shapes) == self.scenes.most or new.place not in free}
+        if scene.relation or impossible.get(kind):  # a scene told by a relation names no places
+            return "", scene
+
+        def one(choices):
+            return choices[rng.integers(len(choices))]
+
+        the = one(references(shape, shapes))
+        if kind == "recolour":
+            colour = one([colour for colour in COLOURS if colour != shape.colour])
+            shapes[i], instruction = replace(shape, colour=colour), f"make {the} {colour}"
+        elif kind == "move":  # by whole cells: the scene and the instruction leave nothing open
+            place = one(free)
+            (row, column), (row_before, column_before) = (divmod(PLACES[cells].index(p), cells) for p in (place, shape.place))
+            shapes[i] = replace(shape, place=place, x=shape.x + (column - column_before) / cells, y=shape.y + (row - row_before) / cells)
+            side = [word for word in place.split() if word not in shape.place]
+            instruction = f"move {the} to the {one([place, *side]) if cells == 2 and len(side) == 1 else place}"
+        elif kind == "remove":
+            del shapes[i]
+            instruction = f"remove {the}"
+        else:
+            shapes.append(new)
+            instruction = f"add {new}"
+        return instruction, replace(scene, shapes=tuple(shapes))
+
+    def pair(self, index):
+        """A picture of a story, and the text before it: the caption of the first, the instruction for the others; as `Scenes.pair`."""
+        index, k = divmod(index, self.changes + 1)
+        scenes, instructions = self.example(index)
+        return (instructions[k - 1] if k else scenes[0].caption), scenes[k].render
+
+    def name(self, index):
+        """What messages call it."""
+        return f"story {index}"
+
+
+def references(shape, shapes):
+    """The ways to name one of several objects that mean no other: "it", "the circle", "the red circle", "the red circle at the top left"."""
+
+    def names(s):
+        return f"the {s.kind}", f"the {s.colour} {s.kind}", f"the{str(s)[1:]}"
+
+    found = [name for way, name in enumerate(names(shape)) if sum(names(other)[way] == name for other in shapes) == 1]
+    return [*found, "it"] if len(shapes) == 1 else found
 
 
 class SceneText:
@@ -416,18 +506,19 @@ def interleave(index, weights, seed):
 
 class Documents:
     """document(index): a list of segments, each a list of token ids or a Picture. Pairs come in the paper's two orders; between
-    them, text alone, so that it makes `text_fraction` of all positions (the documents' mean lengths are measured first).
+    them (or edits, or stories), text alone, so that it makes `text_fraction` of all positions (mean lengths are measured first).
 
-    pairs: as Scenes or Pairs. text: as SceneText or TextFiles, or None. n_patches: positions a picture takes, needed with text
+    pairs: as Scenes or Pairs; for edits and stories, Stories. text: as SceneText or TextFiles, or None. n_patches: positions a picture takes, needed with text
     """
 
     def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0, text=None, n_patches=0):
         self.options = pairs, tokenizer, config, timesteps, seed, text, n_patches
         self.pairs, self.tokenizer, self.config, self.timesteps, self.seed, self.text = self.options[:6]
-        self.weights = [1.0]  # of pairs and text, by number of documents
+        self._illustrated = {"pairs": self._pair, "edits": self._edit, "stories": self._story}[config.documents]
+        self.weights = [1.0]  # of documents with pictures and of text, by their number
         if text:
-            of_pair, of_text = (np.mean([length(make(i), n_patches) for i in range(500)]) for make in (self._pair, self._text))
-            self.weights = [(1 - config.text_fraction) / of_pair, config.text_fraction / of_text]
+            of_pictures, of_text = (np.mean([length(make(i), n_patches) for i in range(500)]) for make in (self._illustrated, self._text))
+            self.weights = [(1 - config.text_fraction) / of_pictures, config.text_fraction / of_text]
         self._made = lru_cache(maxsize=1024)(self._make)  # the stream asks for a document's length, then for the document
 
     def __call__(self, index):
@@ -438,7 +529,7 @@ class Documents:
 
     def _make(self, index):
         is_text, number = interleave(index, self.weights, self.seed)
-        return self._text(number) if is_text else self._pair(number)
+        return self._text(number) if is_text else self._illustrated(number)
 
     def _text(self, number):
         return [self.text.ids(number)]
@@ -454,6 +545,25 @@ class Documents:
         instead = (lambda: self._pair(number, attempt + 1, room if attempt else len(ids))) if attempt < 100 else None
         picture = Picture(load, self.timesteps if caption_first else min(self.config.image_first_max_t, self.timesteps), instead)
         return [ids, picture] if caption_first else [picture, ids]
+
+    def _edit(self, number):
+        """<BOI> input <EOI> instruction <BOI> output <EOI> (section 4.5): the input is conditioning, clean and without a diffusion loss;
+        or, for guidance, the output alone."""
+        (before, after), (instruction,) = self.pairs.example(number)
+        dropped = np.random.default_rng([self.seed, 7, number]).random() < self.config.drop_caption
+        given = [[]] if dropped else [Picture(before.render, 0), self.tokenizer.encode(instruction)]
+        return [*given, Picture(after.render, self.timesteps)]
+
+    def _story(self, number):
+        """caption <BOI> picture <EOI> instruction <BOI> picture <EOI> ...: a picture that is sampled has finished ones before it. So one
+        picture is picked: those before it are clean, without a diffusion loss, and from it on all are noised. The later ones are
+        picked more often, for they must learn to look at pictures; the first has words alone, as in a pair."""
+        scenes, instructions = self.pairs.example(number)
+        u, drop = np.random.default_rng([self.seed, 7, number]).random(2)
+        picked = int(len(scenes) * u**0.5)  # of three pictures: 1, 3 and 5 times in 9
+        texts = [self.tokenizer.encode(text) for text in ("" if drop < self.config.drop_caption else scenes[0].caption, *instructions)]
+        limits = [self.timesteps if k >= picked else 0 for k in range(len(scenes))]
+        return [part for ids, scene, max_t in zip(texts, scenes, limits) for part in (ids, Picture(scene.render, max_t))]
 
     def name(self, index):
         """What messages call document `index`."""
@@ -1084,7 +1194,9 @@ class Mixture:
 
 
 def open_pairs(config, split="train", seed=0):
-    """The source of pairs that a DataConfig names, cut to a split: Scenes, Pairs, or a Mixture. Raises ValueError, saying what is wrong."""
+    """The source of pairs that a DataConfig names, cut to a split: Scenes, Stories, Pairs, or a Mixture. Raises ValueError, saying what is wrong."""
+    if config.documents != "pairs":
+        return Stories(config.grammar, config.image_size, split, seed, CHANGES[config.documents])
     if not config.data:
         return Scenes(config.grammar, config.image_size, split, seed)
     sources, weights = [], []

@@ -16,7 +16,7 @@ import json
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +36,7 @@ from sample import Parser, generate, load, newest_checkpoint, pick_device
 from vae import load_checkpoint
 
 ASPECTS = ("all", "number", "colours", "shapes", "relation")
+CHANGE_ASPECTS = ("all", "scene", "changed", "kept")  # of edits and stories
 
 
 # ---- Reading a picture ----------------------------------------------------------------------------------------------
@@ -158,6 +159,11 @@ def parse_caption(text, grammar):
     return Claims(objects, relation.group(1) if relation else "", background)
 
 
+def place_of(blob, cells):
+    """The name of the place, of cells x cells, in which an object's centre lies."""
+    return PLACES[cells][int(blob.y * cells) * cells + int(blob.x * cells)]
+
+
 def judge(caption, pixels, grammar):
     """Do a caption and a picture agree? -> {aspect: bool}: the number of objects, the colours, the shapes (with sizes), the
     relation or places (with the background), each alone, and "all": one assignment of the objects that satisfies everything."""
@@ -171,9 +177,6 @@ def judge(caption, pixels, grammar):
     def size_of(blob):
         return "" if sizes == ("",) else "large" if blob.width > 0.21 else "small"
 
-    def place_of(blob):
-        return PLACES[cells][int(blob.y * cells) * cells + int(blob.x * cells)]
-
     def related(a, b):
         dx, dy = RELATIONS[claims.relation]
         across, along = abs((a.x - b.x) * dy) + abs((a.y - b.y) * dx), (a.x - b.x) * dx + (a.y - b.y) * dy
@@ -182,7 +185,7 @@ def judge(caption, pixels, grammar):
     def compare(order):
         """How one assignment of blobs to the claimed objects fares: names right, places right."""
         names = sum((b.colour == colour) + ((size_of(b), b.kind) == (size, kind)) for b, (size, colour, kind, _) in zip(order, claims.objects))
-        placed = related(*order) if claims.relation else all(place_of(b) == place for b, (*_, place) in zip(order, claims.objects))
+        placed = related(*order) if claims.relation else all(place_of(b, cells) == place for b, (*_, place) in zip(order, claims.objects))
         return names, placed and claims.background in ("", background)
 
     names, placed = max(compare(order) for order in itertools.permutations(blobs))
@@ -195,15 +198,54 @@ def judge(caption, pixels, grammar):
     }
 
 
+def judge_change(before, after, pixels_before, pixels, grammar):
+    """Has a picture changed as its scene did, from the Scene `before` to `after`? -> {"all", "scene", "changed", "kept": bool}.
+
+    scene: the new picture shows `after`, as `judge` sees it; changed: what was asked is done; kept: all else is as the picture
+    before has it, right or wrong: the background, the number of objects, their colours, shapes, and centres, which may be 1/32
+    of the side off; all: the three together.
+    """
+    (old,), (new,) = ([s for s in a.shapes if s not in b.shapes] or [None] for a, b in ((before, after), (after, before)))
+    (ground, was), (ground_now, now) = (read_places(p, grammar) for p in (pixels_before, pixels))
+
+    def same(a, b, colour=True, place=True):
+        return a.kind == b.kind and (a.colour == b.colour or not colour) and (max(abs(a.x - b.x), abs(a.y - b.y)) < 1.01 / 32 or not place)
+
+    others, others_now = ({place: blob for place, blob in blobs.items() if place not in [s.place for s in (old, new) if s]} for blobs in (was, now))
+    kept = ground == ground_now and others.keys() == others_now.keys() and all(same(blob, others_now[place]) for place, blob in others.items())
+    left, taken = (now.get(s.place) if s else None for s in (old, new))  # what is now where the object was, and where it should be
+    if not new:
+        changed = not left
+    elif not old:
+        changed = bool(taken) and (taken.colour, taken.kind) == (new.colour, new.kind)
+    else:
+        moved, blob, blob_now = old.place != new.place, was.get(old.place), taken or left
+        changed = bool(taken) and (not left if moved else taken.colour == new.colour)
+        kept = kept and bool(blob and blob_now) and same(blob, blob_now, colour=moved, place=not moved)
+    scene = judge(after.caption, pixels, grammar)["all"]
+    return {"all": scene and changed and kept, "scene": scene, "changed": changed, "kept": kept}
+
+
+def read_places(pixels, grammar):
+    """What a picture shows, place by place -> (background's name, {place: Blob}). Several objects in one place are one that is like none."""
+    kinds, _, cells, _, _ = GRAMMARS[grammar]
+    background, blobs = read_scene(pixels, kinds)
+    found = {}
+    for blob in blobs:
+        place = place_of(blob, cells)
+        found[place] = replace(blob, colour="?", kind="?") if place in found else blob
+    return background, found
+
+
 # ---- Scores ---------------------------------------------------------------------------------------------------------
 
 
-def draw(trained, captions, seed=0, progress=lambda x: x, **options):
-    """A uint8 picture for each caption."""
+def draw(trained, prompts, seed=0, progress=lambda x: x, **options):
+    """A uint8 picture for each prompt: a caption, or a document of strings and PIL images that ends in text."""
     pictures = []
-    for i in progress(range(0, len(captions), 100)):
-        chunk = captions[i : i + 100]
-        documents = generate(trained, [[c] for c in chunk], range(seed + i, seed + i + len(chunk)), max_tokens=0, **options)
+    for i in progress(range(0, len(prompts), 100)):
+        chunk = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts[i : i + 100]]
+        documents = generate(trained, chunk, range(seed + i, seed + i + len(chunk)), max_tokens=0, **options)
         pictures += [np.array(document[-1]) for document in documents]
     return pictures
 
@@ -213,6 +255,37 @@ def prompt_accuracy(trained, captions, grammar, seed=0, progress=lambda x: x, **
     pictures = draw(trained, captions, seed, progress, **options)
     verdicts = [judge(caption, picture, grammar) for caption, picture in zip(captions, pictures)]
     return {aspect: float(np.mean([v[aspect] for v in verdicts])) for aspect in ASPECTS}, pictures
+
+
+def tell(trained, stories, seed=0):
+    """Draw stories, (scenes, instructions) each as data.Stories makes them, picture by picture, after what the model drew before ->
+    list of documents of strings and PIL images. A model of edits is given the first picture, others its caption."""
+    edits = trained.config["data"]["documents"] == "edits"
+    documents = [[Image.fromarray(scenes[0].render())] if edits else [] for scenes, _ in stories]
+    texts = [instructions if edits else [scenes[0].caption, *instructions] for scenes, instructions in stories]
+    for k, of_all in enumerate(zip(*texts)):
+        documents = [[*document, text] for document, text in zip(documents, of_all)]
+        pictures = draw(trained, documents, seed + k * len(stories))  # other noise for each picture of a story
+        documents = [[*document, Image.fromarray(picture)] for document, picture in zip(documents, pictures)]
+    return documents
+
+
+def story_accuracy(trained, stories, grammar, seed=0):
+    """Have stories drawn and judge them -> {what: {aspect: share, "n": of how many}}. what: "edits"; or "stories", right if all of their
+    pictures are, and "picture 1" and so on; then the changes once more, by the first word of their instruction."""
+    whole, by_word = defaultdict(list), defaultdict(list)
+    for (scenes, instructions), document in zip(stories, tell(trained, stories, seed)):
+        pictures = [np.array(part) for part in document if not isinstance(part, str)]
+        verdicts = [judge_change(*scenes[k : k + 2], *pictures[k : k + 2], grammar) for k in range(len(instructions))]
+        for instruction, verdict in zip(instructions, verdicts):
+            by_word[instruction.split()[0]].append(verdict)
+        if isinstance(document[0], str):  # the first picture, too, was drawn
+            verdicts = [{"all": judge(scenes[0].caption, pictures[0], grammar)["all"]}, *verdicts]
+            whole["stories"].append({"all": all(verdict["all"] for verdict in verdicts)})
+        for k, verdict in enumerate(verdicts, start=1):
+            whole["edits" if len(verdicts) == 1 else f"picture {k}"].append(verdict)
+    rows = whole | dict(sorted(by_word.items()))
+    return {what: {aspect: float(np.mean([v[aspect] for v in found])) for aspect in found[0]} | {"n": len(found)} for what, found in rows.items()}
 
 
 def write_captions(trained, pictures, progress=lambda x: x):
@@ -250,14 +323,21 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", cl
 
     On the built-in scenes: prompts and captions, judged exactly. On your own data: captions by CIDEr-D, and by the share that
     is the picture's own word for word; drawn pictures by the Frechet distance of their latents. On either, FID and CLIP
-    score if the files that they need are given. Raises ValueError if those cannot be used.
+    score if the files that they need are given. Edits and stories: each picture, judged exactly by `judge_change`.
+    Raises ValueError if those cannot be used.
     """
     data, device = replace(DataConfig(**trained.config["data"]), latents=""), next(trained.model.parameters()).device
+    if data.documents != "pairs" and (inception or clip):
+        raise ValueError(f"--inception and --clip score what is drawn from captions, but this model was trained on {data.documents}; leave them out")
     splits = Pairs.SPLITS[1:] if data.data else Scenes.SPLITS[1:]
     features, clip_score = inception and inception_features(inception, device), clip and clip_scorer(clip, device)
     scores = {"judged": judged, "seed": seed, "splits": {}}
     for split in progress(splits):
         pairs = open_pairs(data, split, seed)
+        if data.documents != "pairs":
+            stories = [pairs.example(i) for i in range(judged)]
+            scores["splits"][split] = {"n": judged, "changes": story_accuracy(trained, stories, data.grammar, seed)}
+            continue
         n = min(judged, len(pairs)) if data.data else judged
         described = SimpleNamespace(pair=lambda i, pairs=pairs: (pairs.captions(i), pairs.pair(i)[1]))  # all captions of a picture, not one
         references, pictures = zip(*readable(described, 0, n))
@@ -283,16 +363,20 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", cl
 
 def format_scores(scores):
     """The scores as a table to print."""
-    lines = [f"{'':24}{'right':>8}" + "".join(f"{aspect:>10}" for aspect in ASPECTS[1:]) + "     (% of those judged)"]
+    rows, aspects = {}, ASPECTS  # rows: {(split, what): {aspect: share}}
     for split, found in scores["splits"].items():
-        for what in ("prompts", "captions"):
-            if what in found:
-                cells = "".join(f"{100 * found[what][aspect]:{8 if aspect == 'all' else 10}.1f}" for aspect in ASPECTS if aspect in found[what])
-                lines.append(f"{split.replace('_', ' ') + ', ' + what:24}{cells}     n = {found['n']}")
+        rows |= {(split, what): found[what] for what in ("prompts", "captions") if what in found}
+        if "changes" in found:
+            rows, aspects = rows | {(split, what): shares for what, shares in found["changes"].items()}, CHANGE_ASPECTS
+    lines = [f"{'':24}{'right':>8}" + "".join(f"{aspect:>10}" for aspect in aspects[1:]) + "     (% of those judged)"]
+    for (split, what), shares in rows.items():
+        cells = "".join(f"{100 * shares[aspect]:{8 if aspect == 'all' else 10}.1f}" for aspect in aspects if aspect in shares)
+        lines.append(f"{split.replace('_', ' ') + ', ' + what:24}{cells}     n = {shares.get('n', scores['splits'][split]['n'])}")
     names = {"cider": "CIDEr-D of the captions", "fid": "FID", "clip_score": "CLIP score", "latent_frechet_distance": "Frechet distance of latents (not FID)"}
     for split, found in scores["splits"].items():
         split = split.replace("_", " ")
-        lines.append(f"{split:24}text perplexity {found['perplexity_per_token']:.3f} per token, {found['perplexity_per_byte']:.3f} per byte")
+        if "perplexity_per_token" in found:
+            lines.append(f"{split:24}text perplexity {found['perplexity_per_token']:.3f} per token, {found['perplexity_per_byte']:.3f} per byte")
         lines += [f"{split:24}{name} {found[key]:.3f}     n = {found['n']}" for key, name in names.items() if key in found]
     found = list(scores["splits"].values())[-1]
     lines += [f"no {names[key]}: {how}" for key, how in HOW_TO_GET.items() if "cider" in found and key not in found]

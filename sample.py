@@ -489,6 +489,11 @@ def to_document(generated, trained):
 # ---- What people see ------------------------------------------------------------------------------------------------
 
 
+def captioned(document):
+    """The pictures of a document, each with the text right before it, if there is any: (PIL image, str)."""
+    return [(part, before if isinstance(before, str) else "") for before, part in zip(["", *document], document) if not isinstance(part, str)]
+
+
 def contact_sheet(images, captions, columns=None, side=128):
     """PIL images in a grid, each with its caption under it -> PIL image."""
     columns = columns or min(len(images), math.ceil(math.sqrt(len(images) * 1.6)))
@@ -680,17 +685,17 @@ def show(trained, results, documents, out, terminal, settings):
     pictures, captions = [], []
     for n, (document, prompt) in enumerate(zip(results, documents)):
         text = " ".join(part.strip() for part in document if isinstance(part, str)) or "(no text)"
-        new = [part for part in document[len(prompt) :] if not isinstance(part, str)]
+        new = captioned(document)[len(captioned(prompt)) :]
         paths = [out / (f"{n:03d}_{k}.png" if k else f"{n:03d}.png") for k in range(len(new))]
         print(("" if terminal.prefix == "" else f"{n}: {text}") + "".join(f"  [{path}]" for path in paths))
-        for picture, path in zip(new, paths):
+        for (picture, caption), path in zip(new, paths):
             out.mkdir(parents=True, exist_ok=True)
             notes = PngInfo()
             notes.add_text("prompt", text)
             notes.add_text("settings", settings[n])
             picture.save(path, pnginfo=notes)
             pictures.append(picture)
-            captions.append(text)
+            captions.append(caption or text)
     if len(pictures) > 1:
         contact_sheet(pictures, captions).save(out / "sheet.png")
         print(f"all of them: {out / 'sheet.png'}")

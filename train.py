@@ -43,9 +43,9 @@ from tqdm import tqdm
 from attention_mask import TEXT, flex_mask, transfusion_mask
 from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, fill_codes, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer, to_pixels
 from diffusion import DDPM, SAMPLERS, DiffusionConfig
-from evaluate import evaluate, format_scores
+from evaluate import evaluate, format_scores, tell
 from model import SIZES, Transfusion, TransfusionConfig, freeze_text, inspect_llama, load_llama, training_flops
-from sample import Parser, Trained, contact_sheet, generate, load, pick_device
+from sample import Parser, Trained, captioned, contact_sheet, generate, load, pick_device
 from vae import VAE, VAEConfig, fingerprint, load_checkpoint, load_vae, read_json, save_checkpoint, standardise, train_vae
 
 
@@ -167,6 +167,9 @@ PRESETS = {
         model=SMALL["model"] | dict(images="discrete", post_norm=True), z_loss=1e-5,
         autoencoder=SMALL["autoencoder"] | dict(unshuffle=8, latent_channels=16, codebook=1024),
     ),
+    # Fine-tuning of "small", with --init_from: edits (section 4.5), and stories of three pictures.
+    "small_edit": SMALL | dict(data=SMALL["data"] | dict(documents="edits"), max_steps=1000, guidance_scale=1.0),
+    "small_story": SMALL | dict(data=SMALL["data"] | dict(documents="stories", seq_len=128), max_steps=1000),
     # For a GPU: 64x64 pictures of up to four objects with sizes, places, relations and backgrounds.
     "rich": SMALL | dict(
         model=SMALL["model"] | dict(dim=384, n_layers=8, n_heads=6), data=SMALL["data"] | dict(grammar="rich", image_size=64, seq_len=512),
@@ -700,13 +703,16 @@ class Run:
         return Trained(model, self.vae, self.ddpm, self.tokenizer, asdict(self.config))
 
     def draw_samples(self, name, n=12):
-        """Pictures for held-out captions, with the captions under them, as a PNG in the output folder."""
+        """Pictures for held-out captions, or of held-out edits or stories, with the text before each under it, as a PNG in the output folder."""
         trained = self.trained()
         if trained:
             pairs = open_pairs(self.config.data, "held_out", self.config.seed)
-            captions = [pairs.pair(i)[0] for i in range(n)]
-            documents = generate(trained, [[caption] for caption in captions], max_tokens=0)
-            contact_sheet([document[-1] for document in documents], captions, columns=6).save(self.out / name)
+            if self.config.data.documents == "pairs":
+                documents = generate(trained, [[pairs.pair(i)[0]] for i in range(n)], max_tokens=0)
+            else:
+                documents = tell(trained, [pairs.example(i) for i in range(n)])
+            images, texts = zip(*(shown for document in documents for shown in captioned(document)))
+            contact_sheet(images, texts, columns=6).save(self.out / name)
 
     def log(self, values):
         """One JSON line in log.jsonl, and the same to Weights & Biases."""
@@ -782,7 +788,8 @@ def train(config, resume=False):
         print(format_scores(scores))
         (run.out / "scores.json").write_text(json.dumps(scores, indent=1))
         print(f"{time.time() - began:.0f} s in all. In {run.out}: checkpoint.pt, samples_*.png, log.jsonl, scores.json. Now try:")
-        print(f"    python sample.py --ckpt {run.checkpoint} --prompt \"{open_pairs(config.data, 'held_out', 1).pair(0)[0]}\"")
+        text, more = {"pairs": (0, ""), "edits": (1, " --image PICTURE.png"), "stories": (0, " --max_images 3")}[config.data.documents]
+        print(f"    python sample.py --ckpt {run.checkpoint}{more} --prompt \"{open_pairs(config.data, 'held_out', 1).pair(text)[0]}\"")
     return run
 
 
