@@ -5,7 +5,8 @@
     x_t, t  --patchify, + timestep, linear ---------+    mask, RoPE       +--linear, unpatchify-> predicted noise
 
 Text and patches have their own ways in and out; everything between is shared. Read `Transfusion.forward` first, then up
-from `Block`. Sampling uses the same pieces one modality at a time, with a `KVCache`.
+from `Block`. Sampling uses the same pieces one modality at a time, with a `KVCache`. With `images="discrete"` it is the paper's
+baseline, Chameleon (2024): images are tokens, too, codes of a VQ-VAE after the text's in the vocabulary, and there are no patches.
 Exports `TransfusionConfig`, `SIZES` (the paper's table of models), `Transfusion` and `KVCache`; and `load_llama` and
 `freeze_text`, to start from a Llama, which a reader of the paper can skip.
 """
