@@ -349,7 +349,7 @@ def inspect_llama(folder):
         sizes = dict(
             dim=settings["hidden_size"], n_layers=settings["num_hidden_layers"], n_heads=settings["num_attention_heads"],
             n_kv_heads=settings.get("num_key_value_heads") or 0, mlp_width=settings["intermediate_size"], vocab_size=settings["vocab_size"],
-            norm_eps=settings.get("rms_norm_eps", 1e-6), rope_theta=rope["rope_theta"], qk_norm=False,
+            norm_eps=settings.get("rms_norm_eps", 1e-6), rope_theta=rope["rope_theta"], qk_norm=False, post_norm=False,
             rope_scaling=tuple(rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
             if stretch == "llama3" else (),
         )  # fmt: skip

@@ -166,7 +166,7 @@ PRESETS = {
     # patches, and norms, z-loss and queries and keys are Chameleon's; the optimiser and its learning rate are small's, which suit it.
     "chameleon": SMALL | dict(
         model=SMALL["model"] | dict(images="discrete", post_norm=True), data=SMALL["data"] | dict(seq_len=104), z_loss=1e-5,
-        autoencoder=SMALL["autoencoder"] | dict(unshuffle=8, latent_channels=16, codebook=1024),
+        autoencoder=SMALL["autoencoder"] | dict(unshuffle=8, latent_channels=16, codebook=1024, batch=32),
     ),
     # For a GPU: 64x64 pictures of up to four objects with sizes, places, relations and backgrounds.
     "rich": SMALL | dict(

@@ -242,6 +242,26 @@ def test_exported_and_read_back(chameleon_run, tmp_path):
     assert torch.equal(one, two)
 
 
+def test_small_with_discrete_images(tmp_path):
+    code, out, err = run_here("train.py", *flags(**TINY | dict(images="discrete", vae_codebook=16, max_steps=2), out=tmp_path))
+    assert code == 0 and "codes" in out, err
+
+
+def test_a_llama_learns_codes(chameleon_run, tmp_path):
+    """Frozen but for the rows of the special tokens and the codes."""
+    pytest.importorskip("safetensors")
+    from test_weights import byte_llama
+
+    weights = byte_llama(tmp_path / "llama")
+    options = TINY_VQ | dict(vae=chameleon_run[0] / "vae.pt", init_from=tmp_path / "llama", merges=0, seq_len=250, freeze_text=True, lr=1e-2, warmup=1, max_steps=2)
+    code, out, err = run_here("train.py", *flags(**options, out=tmp_path / "out"))
+    assert code == 0, err
+    model = load(tmp_path / "out").model
+    theirs = torch.cat([weights["model.embed_tokens.weight"], torch.zeros(5 + 32, 32)])
+    moved = (model.embedding.weight - theirs).abs().amax(1)
+    assert len(moved) == 256 + 5 + 32 and (moved[:256] == 0).all() and not model.config.post_norm and f"{2 * 37 * 32:,} are trained" in out
+
+
 def test_images_that_condition_have_no_loss_and_no_noise_is_drawn(chameleon_run):
     run = Run(parse(flags(**TINY_VQ, out=chameleon_run[0]))[0], resume=True)
     batch = next(run.loader)
