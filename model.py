@@ -6,7 +6,8 @@
             --or: U-Net down blocks-----------------+         skips       +--U-Net up blocks----> predicted noise
 
 Text and patches have their own ways in and out; everything between is shared. Read `Transfusion.forward` first, then up
-from `Block`. Sampling uses the same pieces one modality at a time, with a `KVCache`.
+from `Block`. Sampling uses the same pieces one modality at a time, with a `KVCache`. With `images="discrete"` it is the paper's
+baseline, Chameleon (2024): images are tokens, too, codes of a VQ-VAE after the text's in the vocabulary, and there are no patches.
 Exports `TransfusionConfig`, `SIZES` (the paper's table of models), `Transfusion` and `KVCache`; and `load_llama` and
 `freeze_text`, to start from a Llama, which a reader of the paper can skip.
 """
@@ -442,7 +443,7 @@ def inspect_llama(folder):
         sizes = dict(
             dim=settings["hidden_size"], n_layers=settings["num_hidden_layers"], n_heads=settings["num_attention_heads"],
             n_kv_heads=settings.get("num_key_value_heads") or 0, mlp_width=settings["intermediate_size"], vocab_size=settings["vocab_size"],
-            norm_eps=settings.get("rms_norm_eps", 1e-6), rope_theta=rope["rope_theta"], qk_norm=False,
+            norm_eps=settings.get("rms_norm_eps", 1e-6), rope_theta=rope["rope_theta"], qk_norm=False, post_norm=False,
             rope_scaling=tuple(rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
             if stretch == "llama3" else (),
         )  # fmt: skip

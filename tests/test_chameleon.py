@@ -10,7 +10,6 @@ from attention_mask import transfusion_mask
 from data import NO_LOSS, Tokenizer, collate, fill_codes
 from diffusion import DDPM
 from sample import export, generate, load
-from test_distributed import STEPS, assert_close, torchrun
 from train import Run, losses, parse
 from vae import VAE, VAEConfig
 
@@ -243,6 +242,26 @@ def test_exported_and_read_back(chameleon_run, tmp_path):
     assert torch.equal(one, two)
 
 
+def test_small_with_discrete_images(tmp_path):
+    code, out, err = run_here("train.py", *flags(**TINY | dict(images="discrete", vae_codebook=16, max_steps=2), out=tmp_path))
+    assert code == 0 and "codes" in out, err
+
+
+def test_a_llama_learns_codes(chameleon_run, tmp_path):
+    """Frozen but for the rows of the special tokens and the codes."""
+    pytest.importorskip("safetensors")
+    from test_weights import byte_llama
+
+    weights = byte_llama(tmp_path / "llama")
+    options = TINY_VQ | dict(vae=chameleon_run[0] / "vae.pt", init_from=tmp_path / "llama", merges=0, seq_len=250, freeze_text=True, lr=1e-2, warmup=1, max_steps=2)
+    code, out, err = run_here("train.py", *flags(**options, out=tmp_path / "out"))
+    assert code == 0, err
+    model = load(tmp_path / "out").model
+    theirs = torch.cat([weights["model.embed_tokens.weight"], torch.zeros(5 + 32, 32)])
+    moved = (model.embedding.weight - theirs).abs().amax(1)
+    assert len(moved) == 256 + 5 + 32 and (moved[:256] == 0).all() and not model.config.post_norm and f"{2 * 37 * 32:,} are trained" in out
+
+
 def test_images_that_condition_have_no_loss_and_no_noise_is_drawn(chameleon_run):
     run = Run(parse(flags(**TINY_VQ, out=chameleon_run[0]))[0], resume=True)
     batch = next(run.loader)
@@ -262,23 +281,6 @@ def test_validation_tells_text_from_codes(chameleon_run):
         for average in run.average.weights:
             average.zero_()
     assert run.validate() == pytest.approx({"val_lm": np.log(run.config.model.vocab_size), "val_codes": np.log(run.config.model.vocab_size)}, rel=1e-5)
-
-
-def test_two_processes_equal_one(chameleon_run, tmp_path):
-    """Means over all the targets of the step, codes included, however the rows are shared out (see test_distributed.py)."""
-    import json
-
-    from test_distributed import RANKS
-
-    options = flags(**TINY_VQ | dict(rows=4, max_steps=20, precision="fp32", optimizer="adamw", lr=1e-4, warmup=1, caption_first=0.5), vae=chameleon_run[0] / "vae.pt")
-    (tmp_path / "jobs.json").write_text(json.dumps([dict(steps=STEPS, options=[*options, "--out", str(tmp_path / "two"), "--micro_rows", "1"])]))
-    process = torchrun("--standalone", "--nproc_per_node=2", RANKS, tmp_path / "jobs.json", cwd=tmp_path)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-4000:]
-    found = json.loads((tmp_path / "two/values.json").read_text())
-    run = Run(parse([*options, "--out", str(tmp_path / "one")])[0])
-    assert_close(found["steps"], [run.train_step() for _ in range(STEPS)])
-    assert found["validation"] == pytest.approx(run.validate(), rel=1e-4)
 
 
 # ---- Wrong options --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from vae import load_checkpoint
 RANKS = Path(__file__).parent / "ranks.py"
 STEPS = 3
 UNET = dict(patch_encoder="unet", unet_channels=64, unet_blocks=1)
+DISCRETE = dict(config="chameleon", vae_codebook=32, micro_rows=1, caption_first=0.5)
 
 
 def torchrun(*args, cwd, timeout=300):
@@ -58,6 +59,7 @@ def two_processes(one_process, trained_vae, tmp_path_factory):
             dict(steps=STEPS, options=options(folder / "muon", trained_vae, micro_rows=1, optimizer="muon")),
             dict(steps=STEPS, options=[*options(folder / "fsdp", trained_vae, micro_rows=1), "--fsdp"]),
             *(dict(steps=STEPS, options=[*options(folder / f"unet_{how}", trained_vae, micro_rows=1, **UNET), *more]) for how, more in (("ddp", []), ("fsdp", ["--fsdp"]))),
+            dict(steps=STEPS, options=options(folder / "discrete", "", **DISCRETE)),
             dict(steps=2, options=[*options(folder / "resumed", trained_vae), "--fsdp", "--resume"])]  # fmt: skip
     (folder / "jobs.json").write_text(json.dumps(jobs))
     process = torchrun("--standalone", "--nproc_per_node=2", RANKS, folder / "jobs.json", cwd=folder)
@@ -137,6 +139,14 @@ def test_a_unet_too(two_processes, trained_vae, tmp_path):
     for how in ("ddp", "fsdp"):
         assert_close(values_of(two_processes / f"unet_{how}")["steps"], values)
         assert_same_state(two_processes / f"unet_{how}", run)
+
+
+def test_discrete_images_too(two_processes, tmp_path):
+    """Where the mean is over all the targets of the step, those in images included."""
+    run = Run(*parse(options(tmp_path / "out", two_processes / "discrete/vae.pt", **DISCRETE)))
+    found = values_of(two_processes / "discrete")
+    assert_close(found["steps"], [run.train_step() for _ in range(STEPS)])
+    assert found["validation"] == pytest.approx(run.validate(), rel=1e-4) and found["validation"]["val_codes"] > 0
 
 
 def test_checkpoints_move_between_numbers_of_processes(one_process, two_processes, trained_vae, tmp_path):
