@@ -57,7 +57,7 @@ class DataConfig:
     image_size: int = 256  # pixels a side
     seq_len: int = 4096  # tokens a row; documents are packed into it
     caption_first: float = 0.8  # share of pairs whose caption precedes the picture (section 4.1)
-    drop_caption: float = 0.1  # share of caption-first pairs and stories without the caption, and of edits without what precedes the output: the unconditional branch of guidance
+    drop_caption: float = 0.1  # share of caption-first pairs, and of stories, without the caption: the unconditional branch of guidance
     image_first_max_t: int = 500  # noise limit where the picture precedes its caption (section 4.3); 1000 = none
     latents: str = ""  # folder that vae.py --encode wrote: read in the place of the pictures, for the VAE's encoder takes long at 256x256
     max_broken: float = 0.05  # training stops if more than this share of the pairs, pictures or texts cannot be used
@@ -547,12 +547,10 @@ class Documents:
         return [ids, picture] if caption_first else [picture, ids]
 
     def _edit(self, number):
-        """<BOI> input <EOI> instruction <BOI> output <EOI> (section 4.5): the input is conditioning, clean and without a diffusion loss;
-        or, for guidance, the output alone."""
+        """<BOI> input <EOI> instruction <BOI> output <EOI> (section 4.5): the input is conditioning, clean and without a diffusion loss.
+        Nothing is dropped: what is left open by a picture and an instruction is too little for guidance to sharpen."""
         (before, after), (instruction,) = self.pairs.example(number)
-        dropped = np.random.default_rng([self.seed, 7, number]).random() < self.config.drop_caption
-        given = [[]] if dropped else [Picture(before.render, 0), self.tokenizer.encode(instruction)]
-        return [*given, Picture(after.render, self.timesteps)]
+        return [Picture(before.render, 0), self.tokenizer.encode(instruction), Picture(after.render, self.timesteps)]
 
     def _story(self, number):
         """caption <BOI> picture <EOI> instruction <BOI> picture <EOI> ...: a picture that is sampled has finished ones before it. So one
@@ -1360,5 +1358,7 @@ if __name__ == "__main__":
     names = {tokenizer.bos: "<BOS>", tokenizer.boi: "<BOI>", tokenizer.eoi: "<EOI>", tokenizer.pad: "#"}
     for split in Scenes.SPLITS:
         print(f"{split:>10}: " + "; ".join(Scenes(split=split).example(i).caption for i in range(2)))
+    stories = [Stories(changes=2).example(i) for i in range(2)]
+    print("   stories: " + "; ".join(f"{scenes[0].caption}, {', '.join(instructions)}: {scenes[-1].caption}" for scenes, instructions in stories))
     row = batch.tokens[(batch.image_id >= 0).sum(1).argmax()].tolist()
     print("the row with most pictures:", " ".join(names.get(i) or repr(tokenizer.decode([i])) for i in row))

@@ -169,9 +169,14 @@ PRESETS = {
         model=SMALL["model"] | dict(images="discrete", post_norm=True), data=SMALL["data"] | dict(seq_len=104), z_loss=1e-5,
         autoencoder=SMALL["autoencoder"] | dict(unshuffle=8, latent_channels=16, codebook=1024, batch=32),
     ),
-    # Fine-tuning of "small", with --init_from: edits (section 4.5), and stories of three pictures.
-    "small_edit": SMALL | dict(data=SMALL["data"] | dict(documents="edits"), max_steps=1000, guidance_scale=1.0),
-    "small_story": SMALL | dict(data=SMALL["data"] | dict(documents="stories", seq_len=128), max_steps=1000),
+    # Fine-tuning, with --init_from a checkpoint of "small": edits (section 4.5), and stories of three pictures. What is to be copied from a
+    # picture is decided at the highest noise: at less, the noised picture gives it away.
+    "small_edit": SMALL | dict(
+        data=SMALL["data"] | dict(documents="edits"), diffusion=SMALL["diffusion"] | dict(t_mean=2.0), guidance_scale=1.0,
+    ),
+    "small_story": SMALL | dict(
+        data=SMALL["data"] | dict(documents="stories", seq_len=128), diffusion=SMALL["diffusion"] | dict(t_mean=2.0),
+    ),
     # For a GPU: 64x64 pictures of up to four objects with sizes, places, relations and backgrounds.
     "rich": SMALL | dict(
         model=SMALL["model"] | dict(dim=384, n_layers=8, n_heads=6), data=SMALL["data"] | dict(grammar="rich", image_size=64, seq_len=512),
