@@ -372,6 +372,8 @@ class Transfusion(nn.Module):
         for block in self.blocks:  # as many additions to the residual stream as 2 n_layers: keep its variance (GPT-2)
             for linear in (block.attention.out, block.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layers))
+        if isinstance(self.patches, UNetPatches):  # beside skip connections of size one, what the blocks say must be as large
+            nn.init.normal_(self.patches.decoder.weight, std=config.dim**-0.5)
         if config.post_norm:  # whose additions are as large as the norms' weights say, whatever the matrices: the same for them
             nn.init.normal_(self.embedding.weight)
             for block in self.blocks:

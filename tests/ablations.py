@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 # ---- What is compared: the words after `python train.py` ------------------------------------------------------------------
 
 PAPER = "--config small --patch_size 2"  # the paper's 2 x 2 linear patches, bidirectional, noise limit 500: the yardstick
-CHAMELEON = "--config chameleon"
+TRANSFUSION, CHAMELEON = "--config small --patch_size 4", "--config chameleon"  # a quarter as many patches as codes, as in the paper
 TABLES = {
-    "models": {"Transfusion": PAPER, "Chameleon": CHAMELEON},
+    "models": {"Transfusion": TRANSFUSION, "Chameleon": CHAMELEON},
     "attention": {
         "linear, causal": f"{PAPER} --image_attention causal",
         "linear, bidirectional": PAPER,
@@ -39,7 +39,7 @@ TABLES = {
     "patches": {
         "linear, 1x1": "--config small --patch_size 1",
         "linear, 2x2": PAPER,
-        "linear, 4x4": "--config small --patch_size 4",
+        "linear, 4x4": TRANSFUSION,
         "linear, 8x8": "--config small --patch_size 8",
         "U-Net, 1x1": "--config small --patch_size 1 --patch_encoder unet",
         "U-Net, 2x2": f"{PAPER} --patch_encoder unet",
