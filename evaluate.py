@@ -8,7 +8,8 @@ A picture is judged by `read_scene`, a program without a neural network: it find
 and compares their outline with each shape's. A caption is parsed by the grammar that wrote the training captions. The one
 function `judge` says whether a caption and a picture agree; it scores pictures drawn from captions, and captions written
 from pictures. A caption need not repeat the one that the picture was drawn from: either object may come first, and a
-relation may be told from either side. Real data has no such judge: the last section has what is measured there.
+relation may be told from either side. `judge_change` compares two pictures, for edits and stories: is what was asked done, and all
+else as it was? Real data has no such judge: the last section has what is measured there.
 """
 
 import itertools

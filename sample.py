@@ -3,6 +3,8 @@
     python sample.py --prompt "a red circle at the top left"     a picture of it
     python sample.py --image picture.png                         its caption
     python sample.py --image picture.png --prompt "make it blue" another picture, after both
+    python sample.py --prompt "a red circle at the top left" --max_images 3
+                                                                 a story: the model writes what changes, and draws it
     python sample.py                                             the model starts by itself; --free: it goes on by itself
 
 The rule for a batch whose rows are in different modes. A row is in text mode until it samples <BOI>; then in image mode for

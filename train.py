@@ -5,6 +5,8 @@
     python train.py --config small                           on a laptop's CPU, in minutes
     python train.py --config small --lr 1e-3 --out out/mine  any field of a preset can be overridden
     python train.py --config chameleon                       the paper's baseline: images as tokens, next-token loss alone
+    python train.py --config small_edit --init_from out/small
+                                                             that model learns to edit pictures; small_story: to tell stories of three
     torchrun --nproc_per_node=8 train.py                     the paper's 0.16B model on eight GPUs
 
 A step is a function of (seed, step, row): however many processes share its rows, and however many micro-batches each
