@@ -514,6 +514,7 @@ class Documents:
     def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0, text=None, n_patches=0):
         self.options = pairs, tokenizer, config, timesteps, seed, text, n_patches
         self.pairs, self.tokenizer, self.config, self.timesteps, self.seed, self.text = self.options[:6]
+        self.n_pairs = len(pairs) if hasattr(pairs, "__len__") else None  # None: without end
         self._illustrated = {"pairs": self._pair, "edits": self._edit, "stories": self._story}[config.documents]
         self.weights = [1.0]  # of documents with pictures and of text, by their number
         if text:
@@ -606,7 +607,8 @@ class Stream:
     ..., and from nothing else: whichever rows are `mine`, all ranks together make the rows that one process would.
 
     Best fit with a look-ahead: a row takes its oldest waiting document, then the longest waiting ones that still fit.
-    Packing looks at lengths only; pictures are loaded by `collate`. A document longer than a row is left out and counted.
+    Packing looks at lengths only; pictures are loaded by `collate`. A document longer than a row is left out, and counted once,
+    in however many epochs it comes.
     state: {row: [its next document, those that wait]} of the rows that are mine. The union of all ranks' states says where the
     whole stream stands, and can be given to any other set of ranks.
     """
@@ -618,6 +620,7 @@ class Stream:
         self.mine = list(range(rows) if mine is None else mine)
         self.state = {r: [r, []] for r in self.mine}
         self.skipped = Skipped(f"documents (with --seq_len {seq_len})", document.config.max_broken)
+        self.too_long = set()  # the names of what was left out
         self._lengths = {}  # of the waiting documents
 
     def load_state(self, state):
@@ -637,12 +640,16 @@ class Stream:
         waiting = list(waiting)  # states that were handed out stay as they are
         while True:
             while len(waiting) < self.LOOK_AHEAD:
-                n, too_long = self._length(ahead), []
-                if n > self.seq_len:
-                    too_long = [f"{self.document.name(ahead)} takes {n} positions and seq_len is {self.seq_len}; raise --seq_len or shorten its caption"]
-                else:
+                n = self._length(ahead)
+                if n <= self.seq_len:
                     waiting.append(ahead)
-                self.skipped.count(1, too_long)
+                    self.skipped.count(1)
+                elif (name := self.document.name(ahead)) not in self.too_long:
+                    self.too_long.add(name)
+                    message = f"{name} takes {n} positions and seq_len is {self.seq_len}; raise --seq_len or shorten its caption"
+                    self.skipped.count(1, [message])
+                    if len(self.too_long) == self.document.n_pairs:
+                        raise ValueError(f"all {self.document.n_pairs} pairs of a split are too long: {message}")
                 ahead += self.rows
             fitting = [i for i in waiting if self._length(i) <= free]
             if not fitting:
@@ -1213,6 +1220,17 @@ def open_pairs(config, split="train", seed=0):
         latents = str(Path(config.latents) / str(len(sources))) if config.latents else ""
         sources.append(Pairs(path, config.image_size, split, seed, config.max_broken, config.cache, latents))
     return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]
+
+
+def fitting(pairs, n, tokenizer, seq_len, n_patches):
+    """Numbers of the first n pairs of an epoch, fewer if there are fewer, whose first caption fits a row beside the picture: a
+    longer one is not trained on, and cannot be drawn. Raises ValueError if there is none."""
+    numbers = range(len(pairs)) if hasattr(pairs, "__len__") else itertools.count()
+    taken = lambda i: length([tokenizer.encode(pairs.captions(i)[0])], 0) + n_patches + 2
+    found = list(itertools.islice((i for i in numbers if taken(i) <= seq_len), n))
+    if not found:
+        raise ValueError(f"no caption is short enough for seq_len {seq_len}, of which a picture takes {n_patches + 2}; raise --seq_len")
+    return found
 
 
 def readable(pairs, first, n, skipped=None):

@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from conftest import ROOT, TINY, flags, run_here
 from PIL import Image
 
 import data
-from data import (DataConfig, Documents, JSONTokenizer, Loader, Mixture, Pairs, Picture, Rows, Scenes, Skipped, Stream, TextFiles, Tokenizer, load_image,
-                  open_pairs, open_text, open_tokenizer, readable, restore_tokenizer)  # fmt: skip
+from data import (DataConfig, Documents, JSONTokenizer, Loader, Mixture, Pairs, Picture, Rows, Scenes, Skipped, Stream, TextFiles, Tokenizer, fitting,
+                  load_image, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer)  # fmt: skip
 from sample import load
 
 BYTES = Tokenizer()
@@ -419,6 +420,23 @@ def test_readable_goes_on_to_the_next(tmp_path):
     assert all(pixels.shape == (8, 8, 3) and caption.split()[0] not in ("3", "40", "77") for caption, pixels in found)
 
 
+def test_a_document_too_long_is_counted_once(tmp_path, capsys):
+    """However often a small split is gone through; but if nothing else is left, it stops."""
+    path = folder_with(tmp_path / "data", set())
+    held_out = Pairs(path, 8, "held_out")
+    Path(held_out.name(0)).with_suffix(".txt").write_text("far too long " * 40)
+    config = DataConfig(data=str(path), image_size=8, seq_len=96, text_fraction=0.0)
+    stream = Stream(Documents(open_pairs(config, "held_out"), BYTES, config), 96, 3, 16)
+    for _ in range(20 * len(held_out)):
+        next(stream)
+    assert stream.skipped.skipped == 1 and stream.skipped.seen > 10 * len(held_out)
+    for i in range(len(held_out)):
+        Path(held_out.name(i)).with_suffix(".txt").write_text("far too long " * 40)
+    config.max_broken = 1.0
+    with pytest.raises(ValueError, match=f"all {len(held_out)} pairs of a split are too long: .*raise --seq_len"):
+        next(Stream(Documents(open_pairs(config, "held_out"), BYTES, config), 96, 3, 16))
+
+
 def test_a_picture_that_vanishes_later_is_skipped_too(tmp_path):
     path = folder_with(tmp_path / "data", set())
     batches = loader(path)
@@ -679,6 +697,18 @@ def test_training_on_a_miniature_of_every_format(shards, tmp_path):
     assert load(tmp_path / "out").tokenizer.encode("sentence")
     code, out, err = run_here("sample.py", "--ckpt", tmp_path / "out", "--prompt", "picture 3", "--num", 1, "--out", tmp_path / "drawn")
     assert code == 0 and (tmp_path / "drawn" / "000.png").exists(), err
+
+
+def test_training_with_captions_too_long_to_draw(tmp_path):
+    """One comes first in the held-out split wherever its pictures are drawn or judged: it is left out there, as in training."""
+    folder = folder_with(tmp_path / "folder", set())
+    for seed in (0, 1):
+        Path(Pairs(folder, 8, "held_out", seed).name(0)).with_suffix(".txt").write_text("far too long " * 40)
+    code, _, err = run_here("train.py", *flags(**TINY | dict(judged=4), data=folder, out=tmp_path / "out"))
+    assert code == 0 and "raise --seq_len or shorten its caption" in err, err
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["splits"]["held_out"]["n"] == 4 and (tmp_path / "out" / "samples_000004.png").exists()
+    with pytest.raises(ValueError, match="no caption is short enough for seq_len 19"):
+        fitting(Pairs(folder, 8), 4, BYTES, 19, 16)
 
 
 def test_training_with_a_tokenizer_json(tokenizer_json, shards, tmp_path):
