@@ -253,7 +253,7 @@ def test_bad_captions_in_tars(files, kind, tmp_path, capsys):
 
 
 def test_a_table_takes_no_memory_per_pair(tmp_path):
-    """Only numpy arrays, mapped from disk; tests with 200,000 pairs are in the README's figures."""
+    """Only numpy arrays, mapped from disk; `bench.py data --pairs 210000` measures it."""
     pairs = Pairs(write_tar(tmp_path / "a.tar", numbered(range(50))), 8)
     assert isinstance(pairs.table.blob, np.memmap) and isinstance(pairs.table.rows.base, np.memmap)
     assert not any(isinstance(value, (list, dict, set)) and len(value) > 1 for value in (vars(pairs) | vars(pairs.table)).values())
