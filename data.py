@@ -514,6 +514,7 @@ class Documents:
     def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0, text=None, n_patches=0):
         self.options = pairs, tokenizer, config, timesteps, seed, text, n_patches
         self.pairs, self.tokenizer, self.config, self.timesteps, self.seed, self.text = self.options[:6]
+        self.n_pairs = len(pairs) if hasattr(pairs, "__len__") else None  # None: without end
         self._illustrated = {"pairs": self._pair, "edits": self._edit, "stories": self._story}[config.documents]
         self.weights = [1.0]  # of documents with pictures and of text, by their number
         if text:
@@ -604,7 +605,8 @@ class Stream:
     ..., and from nothing else: whichever rows are `mine`, all ranks together make the rows that one process would.
 
     Best fit with a look-ahead: a row takes its oldest waiting document, then the longest waiting ones that still fit.
-    Packing looks at lengths only; pictures are loaded by `collate`. A document longer than a row is left out and counted.
+    Packing looks at lengths only; pictures are loaded by `collate`. A document longer than a row is left out, and counted once,
+    in however many epochs it comes.
     state: {row: [its next document, those that wait]} of the rows that are mine. The union of all ranks' states says where the
     whole stream stands, and can be given to any other set of ranks.
     """
@@ -616,6 +618,7 @@ class Stream:
         self.mine = list(range(rows) if mine is None else mine)
         self.state = {r: [r, []] for r in self.mine}
         self.skipped = Skipped(f"documents (with --seq_len {seq_len})", document.config.max_broken)
+        self.too_long = set()  # the names of what was left out
         self._lengths = {}  # of the waiting documents
 
     def load_state(self, state):
@@ -635,12 +638,16 @@ class Stream:
         waiting = list(waiting)  # states that were handed out stay as they are
         while True:
             while len(waiting) < self.LOOK_AHEAD:
-                n, too_long = self._length(ahead), []
-                if n > self.seq_len:
-                    too_long = [f"{self.document.name(ahead)} takes {n} positions and seq_len is {self.seq_len}; raise --seq_len or shorten its caption"]
-                else:
+                n = self._length(ahead)
+                if n <= self.seq_len:
                     waiting.append(ahead)
-                self.skipped.count(1, too_long)
+                    self.skipped.count(1)
+                elif (name := self.document.name(ahead)) not in self.too_long:
+                    self.too_long.add(name)
+                    message = f"{name} takes {n} positions and seq_len is {self.seq_len}; raise --seq_len or shorten its caption"
+                    self.skipped.count(1, [message])
+                    if len(self.too_long) == self.document.n_pairs:
+                        raise ValueError(f"all {self.document.n_pairs} pairs of a split are too long: {message}")
                 ahead += self.rows
             fitting = [i for i in waiting if self._length(i) <= free]
             if not fitting:
@@ -817,7 +824,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others, whatever a
 
 def fit_image(image, image_size):
     """A PIL image as uint8 (image_size, image_size, 3): upright, on white, centre-cropped and resized (section 4.1)."""
-    image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is enough
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of whose range nothing is known; save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip to white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -835,6 +843,7 @@ def load_image(file, image_size, name=None):
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
+                image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is enough
                 return fit_image(image, image_size)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
@@ -870,33 +879,41 @@ def held_out(name):
     return int(sha256(name.encode(errors="surrogateescape")).hexdigest(), 16) % 10 == 0
 
 
+def files_below(folder):
+    """The files in a folder and below, as paths relative to it, without what is hidden (.git, our own .transfusion) -> sorted list of str."""
+    found, start = [], len(os.path.join(folder, ""))
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(place, name)[start:] for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def stamp(folder, name=""):
+    """What tells a file's present content from that of another time."""
+    with contextlib.suppress(OSError):  # it vanished, or is a link to nothing
+        status = os.stat(os.path.join(folder, name))
+        return str(name or folder), status.st_size, status.st_mtime_ns
+
+
 class Table:
     """Records (bytes, three numbers, 1 if held out else 0), one after the other in two files: the bytes end to end, and a row of
     int64 for each record, first where its bytes end. Mapped into memory, they take no Python object per record.
 
-    files: what `records()` reads. The table is made once, and again when one of them changes; it lies in the folder `cache`, else
-    in .transfusion beside the source, else (if that cannot be written) in out/cache. Several processes may make it at the same
-    time. Without files it is made anew in memory. Length and `at` are those of a split.
+    key: of what `records()` reads, such as the files' `stamp`s. The table is made once, and again when that changes; it lies in
+    the folder `cache`, else in .transfusion beside the source, else (if that cannot be written) in out/cache. Several processes
+    may make it at the same time. Length and `at` are those of a split.
     """
 
-    def __init__(self, source, files, records, found, split, seed, most, cache, key=()):
+    def __init__(self, source, key, records, found, split, seed, most, cache):
         self.seed, source = seed, Path(source)
-        if files:
-            stamps = [(file.name, status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
-            name = f"{source.stem}-{sha256(repr((stamps, most, key)).encode()).hexdigest()[:16]}"
-            beside = (source if source.is_dir() else source.parent) / ".transfusion"
-            places = [Path(cache)] if cache else [beside, Path("out/cache")]
-            if not any((place / name).is_dir() for place in places):
-                self._make(source, places, name, records, found, most)
-            folder = next(place / name for place in places if (place / name).is_dir())
-            self.blob, self.rows = np.memmap(folder / "blob", np.uint8, "r"), np.memmap(folder / "rows", np.int64, "r").reshape(-1, 5)
-            note = (folder / "note.txt").read_text(encoding="utf-8")
-        else:
-            blob, rows = io.BytesIO(), io.BytesIO()
-            self._write(records, blob, rows)
-            self.blob, self.rows = np.frombuffer(blob.getbuffer(), np.uint8), np.frombuffer(rows.getbuffer(), np.int64).reshape(-1, 5)
-            note = found.report(source, most)
-        if note:
+        name = f"{source.stem}-{sha256(repr((found.what, key, most)).encode()).hexdigest()[:16]}"
+        beside = (source if source.is_dir() else source.parent) / ".transfusion"
+        places = [Path(cache)] if cache else [beside, Path("out/cache")]
+        if not any((place / name).is_dir() for place in places):
+            self._make(source, places, name, records, found, most)
+        folder = next(place / name for place in places if (place / name).is_dir())
+        self.blob, self.rows = np.memmap(folder / "blob", np.uint8, "r"), np.memmap(folder / "rows", np.int64, "r").reshape(-1, 5)
+        if note := (folder / "note").read_text(encoding="utf-8"):
             say(note)
         if len(self.rows) < 2:
             raise ValueError(f"{source}: holds only one of {found.what}; at least two are needed, one of them to be held out")
@@ -920,7 +937,7 @@ class Table:
             made.mkdir()
             with open(made / "blob", "wb") as blob, open(made / "rows", "wb") as rows:
                 self._write(records, blob, rows)
-            (made / "note.txt").write_text(found.report(source, most), encoding="utf-8", errors="backslashreplace")
+            (made / "note").write_text(found.report(source, most), encoding="utf-8", errors="backslashreplace")
             with contextlib.suppress(OSError):  # another process was faster
                 made.rename(place / name)
 
@@ -953,8 +970,8 @@ class Pairs:
     COCO's captions JSON, the pictures' folder near it; each epoch takes another one of a picture's captions.
 
     Every tenth pair, by a hash of its name, is the "held_out" split; the rest is "train", in a new order each epoch. "seen" is
-    a part of "train". Tars and JSON are read once (`Table`), then at random by offset; nothing is unpacked. What cannot be used
-    is left out and counted. Raises ValueError if that is more than `max_broken` of all, or all.
+    a part of "train". Each is read through once (`Table`), then at random, tars by offset; nothing is unpacked. What cannot be
+    used is left out and counted. Raises ValueError if that is more than `max_broken` of all, or all.
     """
 
     SPLITS = ("train", "seen", "held_out")
@@ -962,17 +979,27 @@ class Pairs:
     def __init__(self, path, image_size, split="train", seed=0, max_broken=0.05, cache="", latents=""):
         self.options = path, image_size, split, seed, max_broken, cache, latents
         self.image_size, self.root, self.shards, found = image_size, Path(path), [], Found("pictures with captions")
-        files, records = [], lambda: folder_records(self.root, found)
-        if self.root.suffix.lower() == ".json":
-            files, records = [self.root], lambda: coco_records(Path(path), found)
+        suffix = self.root.suffix.lower()
+        if self.root.is_dir():
+            files = files_below(self.root)
+            tars, pictures = ([name for name in files if name.lower().endswith(kind)] for kind in (".tar", SUFFIXES))
+            if tars and pictures:
+                raise ValueError(f"{path}: holds {len(tars):,} tars and {len(pictures):,} pictures; name the tars, or a folder of the pictures alone")
+            self.shards, records = [self.root / name for name in tars], lambda: folder_records(self.root, files, pictures, found)
+            if not tars and not pictures:
+                raise ValueError(f"{path}: no pictures here; --data wants {', '.join(SUFFIXES)} files with same-named .txt captions, or tars of them")
+            key = pictures, [stamp(self.root, name) for name in files if name.lower().endswith((".tar", ".txt"))]
+        elif suffix not in (".tar", ".json") or not self.root.is_file():
+            reason = "no such file or folder" if not self.root.exists() else "is no folder, .tar or .json" + "; a .tar must not be compressed" * (".tar" in self.root.suffixes)
+            raise ValueError(f"{path}: {reason}; --data wants a folder of pictures with same-named .txt captions, tars of them, or COCO captions in a .json")
+        elif suffix == ".tar":
+            self.shards, key = [self.root], stamp(self.root)
+        else:
+            key, records = (stamp(self.root), coco_stamp(self.root)), lambda: coco_records(Path(path), found)
             self.root = self.root.parent
-        elif self.root.suffix.lower() == ".tar" or any(self.root.rglob("*.tar")):
-            self.shards = sorted(self.root.rglob("*.tar")) if self.root.is_dir() else [self.root]
-            files, records = self.shards, lambda: tar_records(self.shards, found)
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{file}: no such file")
-        self.table = Table(path, files, records, found, split, seed, max_broken, cache)
+        if self.shards:
+            records = lambda: tar_records(self.shards, found)
+        self.table = Table(path, key, records, found, split, seed, max_broken, cache)
         self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(Latents(latents, len(self.table.rows), image_size) if latents else self.read)  # at most 64 MB of pixels
 
     def __len__(self):
@@ -1023,17 +1050,12 @@ def record(name, captions, shard=0, offset=0, size=0):
     return "\0".join([name, *captions]).encode(errors="surrogateescape"), shard, offset, size, held_out(Path(name).stem)
 
 
-def folder_records(root, found):
-    """The pairs of a folder."""
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; --data wants a folder of pictures with same-named .txt captions, tars, or COCO captions in a .json")
-    files = {os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root) for name in names}
-    pictures = sorted(name for name in files if name.lower().endswith(SUFFIXES))
-    if not pictures:
-        raise ValueError(f"{root}: no pictures here; --data wants {', '.join(SUFFIXES)} files with same-named .txt captions, or tars of them")
+def folder_records(root, files, pictures, found):
+    """The pairs of a folder, in which these files are, and of them these are pictures."""
+    texts = {name for name in files if name.lower().endswith(".txt")}
     for name in pictures:
         text = os.path.splitext(name)[0] + ".txt"
-        if text not in files:
+        if text not in texts:
             found.skip("without a caption", name)
             continue
         try:
@@ -1047,8 +1069,8 @@ def folder_records(root, found):
         found.good += 1
         yield record(name, [caption])
     stems = {os.path.splitext(name)[0] for name in pictures}
-    for name in sorted(files):
-        if name.lower().endswith(".txt") and name[:-4] not in stems:
+    for name in sorted(texts):
+        if name[:-4] not in stems:
             found.skip("captions without a picture", name, lost=False)
 
 
@@ -1062,6 +1084,8 @@ def tar_records(shards, found):
                     while (member := tar.next()) is not None:
                         tar.members.clear()  # or it would keep every one
                         name = "".join(c if c.isprintable() else "?" for c in member.name)
+                        if member.size < 0:
+                            raise tarfile.ReadError(f"{name} is of size {member.size}")
                         stem, suffix = os.path.splitext(name)
                         suffix = suffix.lower()
                         if member.isdir():
@@ -1106,6 +1130,17 @@ def tar_records(shards, found):
                     found.skip("without a caption", f"{shard}: {stem}{picture}")
 
 
+def coco_folders(path):
+    """Where the pictures of a COCO captions file may be."""
+    part = path.stem.removeprefix("captions_")
+    return [parent / child for parent in (path.parent, path.parent.parent) for child in (".", "images", part, f"images/{part}")]
+
+
+def coco_stamp(path):
+    """How many pictures are in each of these folders: when more come, they are looked up again."""
+    return [sum(name.lower().endswith(SUFFIXES) for name in os.listdir(folder)) if folder.is_dir() else 0 for folder in coco_folders(path)]
+
+
 def coco_records(path, found):
     """The pictures of a COCO captions file, each with all its captions; their folder is near it, wherever the first of them is."""
     try:
@@ -1116,8 +1151,7 @@ def coco_records(path, found):
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f'{path}: is not COCO captions ({type(error).__name__}: {error}); expected {{"images": [{{"id", "file_name"}}, ...], '
                          f'"annotations": [{{"image_id", "caption"}}, ...]}}') from None  # fmt: skip
-    part = path.stem.removeprefix("captions_")
-    folders = [parent / child for parent in (path.parent, path.parent.parent) for child in (".", "images", part, f"images/{part}")]
+    folders = coco_folders(path)
     first = [name for name in itertools.islice(images.values(), 10)]
     root = next((folder for folder in folders for name in first if (folder / name).is_file()), None)
     if first and not root:
@@ -1213,6 +1247,17 @@ def open_pairs(config, split="train", seed=0):
     return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]
 
 
+def fitting(pairs, n, tokenizer, seq_len, n_patches):
+    """Numbers of the first n pairs of an epoch, fewer if there are fewer, whose first caption fits a row beside the picture: a
+    longer one is not trained on, and cannot be drawn. Raises ValueError if there is none."""
+    numbers = range(len(pairs)) if hasattr(pairs, "__len__") else itertools.count()
+    taken = lambda i: length([tokenizer.encode(pairs.captions(i)[0])], 0) + n_patches + 2
+    found = list(itertools.islice((i for i in numbers if taken(i) <= seq_len), n))
+    if not found:
+        raise ValueError(f"no caption is short enough for seq_len {seq_len}, of which a picture takes {n_patches + 2}; raise --seq_len")
+    return found
+
+
 def readable(pairs, first, n, skipped=None):
     """The next n pairs from number `first` on whose pictures can be read -> list of (caption, uint8 pixels). skipped: counts the
     others, and stops if they are too many. Raises ValueError if a hundred in a row cannot be read."""
@@ -1239,7 +1284,7 @@ class TextFiles:
         self.options = config, tokenizer, split, seed
         files, most, found = [], config.seq_len - 1, Found("texts")
         for path in map(Path, config.text.split(",")):
-            files += sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+            files += [path / name for name in files_below(path) if name.endswith((".txt", ".jsonl"))] if path.is_dir() else [path]
             if not files or not files[-1].is_file():
                 raise ValueError(f"--text {path}: " + ("no .txt or .jsonl files here" if path.is_dir() else "no such file or folder"))
         self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
@@ -1252,8 +1297,8 @@ class TextFiles:
                     for start in range(0, len(ids), most):
                         yield ids[start : start + most].tobytes(), 0, 0, 0, held_out(f"{file.name}:{where}:{start}")
 
-        key = most, sha256(repr(tokenizer.state()).encode()).hexdigest()
-        self.table = Table(config.text.split(",")[0], files, records, found, split, seed, config.max_broken, config.cache, key)
+        key = list(map(stamp, files)), most, sha256(repr(tokenizer.state()).encode()).hexdigest()
+        self.table = Table(config.text.split(",")[0], key, records, found, split, seed, config.max_broken, config.cache)
 
     def __len__(self):
         return len(self.table)

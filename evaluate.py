@@ -30,8 +30,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from attention_mask import transfusion_mask
-from data import (BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, DataConfig, Found, Pairs, Scenes, collate, open_pairs, read_jsonl,
-                  read_txt, readable, sprite, to_pixels)  # fmt: skip
+from data import (BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, DataConfig, Found, Pairs, Scenes, collate, fitting, open_pairs,
+                  read_jsonl, read_txt, readable, sprite, to_pixels)  # fmt: skip
 from diffusion import SAMPLERS
 from sample import Parser, generate, load, newest_checkpoint, pick_device
 from vae import load_checkpoint
@@ -339,8 +339,9 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", cl
             stories = [pairs.example(i) for i in range(judged)]
             scores["splits"][split] = {"n": judged, "changes": story_accuracy(trained, stories, data.grammar, seed)}
             continue
-        n = min(judged, len(pairs)) if data.data else judged
-        described = SimpleNamespace(pair=lambda i, pairs=pairs: (pairs.captions(i), pairs.pair(i)[1]))  # all captions of a picture, not one
+        numbers = fitting(pairs, judged, trained.tokenizer, data.seq_len, trained.model.config.n_patches)
+        n, at = len(numbers), lambda i, numbers=numbers: numbers[i % len(numbers)]
+        described = SimpleNamespace(pair=lambda i, pairs=pairs, at=at: (pairs.captions(at(i)), pairs.pair(at(i))[1]))  # all captions of a picture, not one
         references, pictures = zip(*readable(described, 0, n))
         captions = [reference[0] for reference in references]
         written, found = write_captions(trained, pictures), {}

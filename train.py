@@ -44,7 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from attention_mask import TEXT, flex_mask, transfusion_mask
-from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, fill_codes, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer, to_pixels
+from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, fill_codes, fitting, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer, to_pixels
 from diffusion import DDPM, SAMPLERS, DiffusionConfig
 from evaluate import evaluate, format_scores, tell
 from model import SIZES, Transfusion, TransfusionConfig, freeze_text, inspect_llama, load_llama, training_flops
@@ -719,7 +719,8 @@ class Run:
         if trained:
             pairs = open_pairs(self.config.data, "held_out", self.config.seed)
             if self.config.data.documents == "pairs":
-                documents = generate(trained, [[pairs.pair(i)[0]] for i in range(n)], max_tokens=0)
+                numbers = fitting(pairs, n, self.tokenizer, self.config.data.seq_len, self.config.model.n_patches)
+                documents = generate(trained, [[pairs.captions(i)[0]] for i in numbers], max_tokens=0)
             else:
                 documents = tell(trained, [pairs.example(i) for i in range(n)])
             images, texts = zip(*(shown for document in documents for shown in captioned(document)))
@@ -787,8 +788,8 @@ def train(config, resume=False):
                 run.log(found)
                 shown = lambda v: "-" if v is None else " ".join(map(shown, v)) if isinstance(v, list) else f"{v:.3f}"
                 run.say("held out: " + " | ".join(f"{name.removeprefix('val_')} {shown(value)}" for name, value in found.items()))
-                run.draw_samples(f"samples_{run.step:06d}.png")
                 run.save()
+                run.draw_samples(f"samples_{run.step:06d}.png")
             if any(total([interrupt.asked], run.device)):  # in all processes, whichever was told
                 run.save()
                 raise KeyboardInterrupt

@@ -6,31 +6,37 @@ on all alike; medians are printed, and ratios of medians.
     python tests/bench.py attention     what the hybrid mask costs beside plain causal attention
     python tests/bench.py ranks         tokens a second of torchrun train.py by number of processes
     python tests/bench.py sampling      images and tokens a second, the cache, long prompts, how calls are shared out
+    python tests/bench.py data          images a second that a core decodes; tars and a folder of --pairs pairs: indexing, opening again, memory
 
 --peer: training and sampling also against transfusion-pytorch (pip install transfusion-pytorch), at the same width, depth and heads.
 --quick: fewer and smaller measurements, to see that all of it runs. Threads are torch's own; OMP_NUM_THREADS sets them.
 """
 
 import argparse
+import io
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, tiny_model, tiny_trained
+from PIL import Image
 from torch.nn.attention.flex_attention import flex_attention
 
 import sample
 from attention_mask import flex_mask, transfusion_mask
-from data import NO_LOSS, Picture, Tokenizer, collate
+from data import NO_LOSS, Pairs, Picture, Tokenizer, collate, load_image
 from diffusion import DDPM, guide
 from model import SIZES, Transfusion, TransfusionConfig, rope_table, rotate, training_flops
 from sample import generate
@@ -453,11 +459,74 @@ def sampling(args):
         part(args.quick, device)
 
 
+# ---- Your own data --------------------------------------------------------------------------------------------------
+
+
+def picture_file(kind, width, height):
+    """A smooth random picture as the bytes of a file."""
+    coarse = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(file, kind, quality=90)
+    return file.getvalue()
+
+
+def members(numbers):
+    """Names and bytes of small captioned pictures, JPEG, WebP and PNG in turn."""
+    kinds = [(suffix, picture_file(kind, 96, 72)) for suffix, kind in (("jpg", "JPEG"), ("webp", "WEBP"), ("png", "PNG"))]
+    for n in numbers:
+        suffix, content = kinds[n % 3]
+        yield from ((f"{n:09d}.{suffix}", content), (f"{n:09d}.txt", f"picture number {n}".encode()))
+
+
+def resident():
+    """Megabytes of memory that this process holds (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def per_core(function, calls):
+    """Calls a second of processor time, whatever else the machine does."""
+    seconds = []
+    for _ in range(calls):
+        began = time.process_time()
+        function()
+        seconds.append(time.process_time() - began)
+    return 1 / statistics.median(seconds)
+
+
+def data(args):
+    """pictures decoded, and what many pairs cost"""
+    files = {f"{kind} {width} x {height}": picture_file(kind, width, height) for kind, width, height in
+             (("JPEG", 341, 256), ("JPEG", 2730, 2048), ("WEBP", 341, 256), ("PNG", 341, 256))}  # fmt: skip
+    rows = [[name, per_core(lambda content=content: load_image(io.BytesIO(content), 256), args.rounds)] for name, content in files.items()]
+    table("Images a second of one core, decoded, cropped and resized to 256 x 256", ["", "images/s"], rows)
+    with tempfile.TemporaryDirectory() as place:
+        tars, folder, per_tar, rows = Path(place) / "tars", Path(place) / "folder", 10_000, []
+        tars.mkdir(), folder.mkdir()
+        for start in range(0, args.pairs, per_tar):
+            with tarfile.open(tars / f"{start // per_tar:05d}.tar", "w") as tar:
+                for name, content in members(range(start, min(start + per_tar, args.pairs))):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        for name, content in members(range(min(args.pairs, 20_000))):
+            (folder / name).write_bytes(content)
+        for path in (tars, folder):
+            began, pairs = time.perf_counter(), Pairs(path, 64)
+            indexed, again = time.perf_counter(), Pairs(path, 64)
+            opened, numbers, memory, speeds = time.perf_counter(), itertools.count(), [resident()], []
+            for _ in range(4):
+                speeds.append(per_core(lambda: again.pair(next(numbers))[1](), min(len(again), 20_000) // 4))
+                memory.append(resident())
+            rows.append([f"{path.name}, {len(pairs.table.rows):,} pairs", indexed - began, opened - indexed, statistics.median(speeds), *memory])
+    table("Seconds to open; then an epoch, or 20,000 pictures of it: images/s of one core (96 x 72 to 64 x 64), MB in memory after each quarter",
+          ["", "first", "again", "images/s", "MB: start", "1/4", "1/2", "3/4", "all"], rows)  # fmt: skip
+
+
 def main(argv=None):
     """The command line: one subcommand a benchmark."""
     parser = argparse.ArgumentParser(description="Benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for function in (training, sizes, attention, ranks, sampling):
+    for function in (training, sizes, attention, ranks, sampling, data):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
         command.add_argument("--rounds", type=int, default=9, help="measurements that the median is of (but for sampling)")
@@ -476,6 +545,8 @@ def main(argv=None):
             command.add_argument("--seq_len", type=int, default=4096, help="positions a row")
             command.add_argument("--images", type=int, default=8, help="images a row")
             command.add_argument("--switches", type=int, default=5, help="so many combinations of switches, the fastest first")
+        if function is data:
+            command.add_argument("--pairs", type=int, default=2000, help="in tars of 10,000; and in a folder, of which 20,000 at most")
         if function is ranks:
             command.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args(argv)

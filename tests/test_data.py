@@ -192,7 +192,7 @@ def test_bad_captions_are_left_out_by_name_unless_they_are_many(folder, break_it
     break_it(folder, "03")
     assert sum(len(Pairs(folder, 16, split)) for split in ("train", "held_out")) == 39
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "39 pictures with captions; left out: 1 " + message in said
+    assert said.count("\n") == 2 and "39 pictures with captions; left out: 1 " + message in said
     for n in range(4, 8):
         break_it(folder, f"0{n}")
     with pytest.raises(ValueError, match="5 of 40 pictures with captions cannot be used, more than --max_broken 0.05 allows: 5 with"):
@@ -242,6 +242,12 @@ def test_every_kind_of_picture_loads(mode, tmp_path):
 def test_16_bit_greys_keep_their_shade(tmp_path):
     Image.fromarray(np.full((20, 20), 0x4000, np.uint16)).save(tmp_path / "x.png")
     assert abs(int(load_image(tmp_path / "x.png", 20)[10, 10, 0]) - 0x40) <= 1
+
+
+def test_the_callers_picture_stays_as_it_was(tmp_path):
+    Image.new("RGB", (900, 600)).save(tmp_path / "large.jpg")
+    with Image.open(tmp_path / "large.jpg") as image:
+        assert fit_image(image, 8).shape == (8, 8, 3) and image.size == (900, 600)
 
 
 def test_transparency_is_laid_on_white_and_exif_is_turned_upright(tmp_path):

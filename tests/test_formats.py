@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from conftest import ROOT, TINY, flags, run_here
 from PIL import Image
 
 import data
-from data import (DataConfig, Documents, JSONTokenizer, Loader, Mixture, Pairs, Picture, Rows, Scenes, Skipped, Stream, TextFiles, Tokenizer, load_image,
-                  open_pairs, open_text, open_tokenizer, readable, restore_tokenizer)  # fmt: skip
+from data import (DataConfig, Documents, JSONTokenizer, Loader, Mixture, Pairs, Picture, Rows, Scenes, Skipped, Stream, TextFiles, Tokenizer, fitting,
+                  load_image, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer)  # fmt: skip
 from sample import load
 
 BYTES = Tokenizer()
@@ -113,6 +114,44 @@ def test_index_goes_to_the_cache_folder_or_to_out_if_need_be(shards, tmp_path, m
         Pairs(shards, 8, cache=str(shards / "00000.tar" / "below"))
 
 
+def test_folders_are_read_once_and_again_when_a_caption_changes(tmp_path, monkeypatch):
+    path = folder_with(tmp_path / "data", set(), 30)
+    before = everything(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "folder_records", lambda *_: 1 / 0)
+        assert everything(path) == before and len(list((path / ".transfusion").iterdir())) == 1
+    (path / "007.txt").write_text("another caption")
+    assert "another caption" in (after := everything(path))
+    (path / "008.jpg").unlink()
+    assert len(everything(path)) == len(after) - 1
+
+
+def test_hidden_files_are_not_data(tmp_path):
+    path = folder_with(tmp_path / "data", set(), 10)
+    for hidden in (".git/a", "deep/.cache/a", "._000"):
+        (path / hidden).parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".jpg", ".tar", ".txt"):
+            (path / hidden).with_name((path / hidden).name + suffix).write_bytes(b"no picture")
+    assert len(everything(path)) == 10
+
+
+def test_tars_and_pictures_in_one_folder_are_refused(shards):
+    """Neither is a silent loss of the other."""
+    folder_with(shards / "more", set(), 7)
+    with pytest.raises(ValueError, match="shards: holds 3 tars and 7 pictures; name the tars, or"):
+        Pairs(shards, 8)
+    assert len(everything(shards / "more")) == 7
+
+
+def test_what_is_neither_folder_tar_nor_json_is_refused(shards):
+    for name, message in (("x.png", "is no folder, .tar or .json; --data"), ("x.tar.gz", "is no folder, .tar or .json; a .tar must not be compressed"),
+                          ("none", "no such file or folder; --data wants"), ("none.tar", "no such file or folder"), ("none.json", "no such file or folder")):  # fmt: skip
+        if "none" not in name:
+            (shards / name).write_bytes(b"...")
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            Pairs(shards / name, 8)
+
+
 def test_interrupted_indexing_leaves_nothing(shards, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -152,6 +191,21 @@ def test_what_is_no_tar_is_refused_by_name(shards):
         (shards / "00001.tar").write_bytes(content)
         with pytest.raises(ValueError, match="00001.tar: is not an uncompressed tar"):
             Pairs(shards, 8)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_tar_with_a_negative_size_is_named(at, tmp_path, capsys):
+    member = tarfile.TarInfo("x.png")
+    member.size = -256
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    path = write_tar(tmp_path / "a.tar", numbered(range(10 * at)))
+    content = path.read_bytes().rstrip(b"\0") if at else b""
+    path.write_bytes(content + bytes(-len(content) % 512) + header + bytes(10240))
+    if at:
+        assert len(everything(path)) == 10 and "1 tars cut short or damaged (first: " in capsys.readouterr().err
+    else:
+        with pytest.raises(ValueError, match="a.tar: is not an uncompressed tar, or is broken from the start"):
+            Pairs(path, 8)
 
 
 def link(name, kind, target):
@@ -199,7 +253,7 @@ def test_bad_captions_in_tars(files, kind, tmp_path, capsys):
 
 
 def test_a_table_takes_no_memory_per_pair(tmp_path):
-    """Only numpy arrays, mapped from disk; tests with 200,000 pairs are in the README's figures."""
+    """Only numpy arrays, mapped from disk; `bench.py data --pairs 210000` measures it."""
     pairs = Pairs(write_tar(tmp_path / "a.tar", numbered(range(50))), 8)
     assert isinstance(pairs.table.blob, np.memmap) and isinstance(pairs.table.rows.base, np.memmap)
     assert not any(isinstance(value, (list, dict, set)) and len(value) > 1 for value in (vars(pairs) | vars(pairs.table)).values())
@@ -246,6 +300,14 @@ def test_coco_with_single_faults_counts_them(tmp_path, capsys):
     said = capsys.readouterr().err
     for part in ("1 names that lead out of the folder", "1 without the picture", "absent.jpg", "1 images with an id that was there before", "image_id 999"):
         assert part in said
+
+
+def test_pictures_that_come_to_a_coco_file_later_are_found(tmp_path):
+    path = write_coco(tmp_path / "annotations" / "captions_x.json", tmp_path / "x", 60)
+    (tmp_path / "x" / f"{59:012d}.jpg").rename(tmp_path / "kept.jpg")
+    assert len(everything(path)) == 59
+    (tmp_path / "kept.jpg").rename(tmp_path / "x" / f"{59:012d}.jpg")
+    assert len(everything(path)) == 60
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"images": 3, "annotations": []}', '{"images": [{"id": 1}], "annotations": []}', "not JSON", "[" * 100_000,
@@ -326,6 +388,12 @@ def test_grey_of_32_bits_palette_with_transparency_and_cmyk_jpeg(tmp_path):
     assert (load_image(tmp_path / "p.gif", 8) == 255).all()
     Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "c.jpg")
     assert load_image(tmp_path / "c.jpg", 8)[4, 4].tolist() == pytest.approx([255, 0, 0], abs=20)
+
+
+def test_pictures_of_floating_point_numbers_are_refused(tmp_path):
+    Image.fromarray(np.full((20, 20), 0.5, np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(ValueError, match="f.tif: cannot be read as an image .*floating-point"):
+        load_image(tmp_path / "f.tif", 8)
 
 
 def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path):
@@ -417,6 +485,23 @@ def test_readable_goes_on_to_the_next(tmp_path):
     found = readable(pairs, 0, 90, skipped)
     assert len(found) == 90 and skipped.seen == 90 + skipped.skipped and 0 < skipped.skipped <= 3
     assert all(pixels.shape == (8, 8, 3) and caption.split()[0] not in ("3", "40", "77") for caption, pixels in found)
+
+
+def test_a_document_too_long_is_counted_once(tmp_path, capsys):
+    """However often a small split is gone through; but if nothing else is left, it stops."""
+    path = folder_with(tmp_path / "data", set())
+    held_out = Pairs(path, 8, "held_out")
+    Path(held_out.name(0)).with_suffix(".txt").write_text("far too long " * 40)
+    config = DataConfig(data=str(path), image_size=8, seq_len=96, text_fraction=0.0)
+    stream = Stream(Documents(open_pairs(config, "held_out"), BYTES, config), 96, 3, 16)
+    for _ in range(20 * len(held_out)):
+        next(stream)
+    assert stream.skipped.skipped == 1 and stream.skipped.seen > 10 * len(held_out)
+    for i in range(len(held_out)):
+        Path(held_out.name(i)).with_suffix(".txt").write_text("far too long " * 40)
+    config.max_broken = 1.0
+    with pytest.raises(ValueError, match=f"all {len(held_out)} pairs of a split are too long: .*raise --seq_len"):
+        next(Stream(Documents(open_pairs(config, "held_out"), BYTES, config), 96, 3, 16))
 
 
 def test_a_picture_that_vanishes_later_is_skipped_too(tmp_path):
@@ -521,7 +606,7 @@ def test_ctrl_c_prints_no_traceback(tmp_path):
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and not err, err
+    assert process.returncode == 130 and "Traceback" not in err and err.count("\n") == 1, err  # that the folder is read once
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
@@ -556,6 +641,16 @@ def test_json_lines_and_folders(tmp_path):
     found = sorted(bytes(p).decode() for split in ("train", "held_out") for p in pieces(text_config(tmp_path / "t"), split=split))
     assert found == sorted([f"number {i} 🎨" for i in range(30)] + ["words " * 5])
     assert len(pieces(text_config(f"{tmp_path / 't' / 'a.jsonl'},{tmp_path / 't' / 'deep'}"))) == len(pieces(text_config(tmp_path / "t")))
+
+
+def test_a_folder_of_text_is_the_same_when_it_is_opened_again(tmp_path, monkeypatch):
+    """What is kept there of the first time is no text."""
+    (tmp_path / "a.txt").write_text("words " * 40)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "some more words " * 9}) + "\nno JSON\n")
+    config = text_config(tmp_path, max_broken=0.5)
+    first = pieces(config)
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_: 1 / 0)
+    assert pieces(config) == first and len(list((tmp_path / ".transfusion").iterdir())) == 1
 
 
 def test_text_is_tokenised_once_per_tokenizer_and_length(tmp_path, monkeypatch):
@@ -679,6 +774,18 @@ def test_training_on_a_miniature_of_every_format(shards, tmp_path):
     assert load(tmp_path / "out").tokenizer.encode("sentence")
     code, out, err = run_here("sample.py", "--ckpt", tmp_path / "out", "--prompt", "picture 3", "--num", 1, "--out", tmp_path / "drawn")
     assert code == 0 and (tmp_path / "drawn" / "000.png").exists(), err
+
+
+def test_training_with_captions_too_long_to_draw(tmp_path):
+    """One comes first in the held-out split wherever its pictures are drawn or judged: it is left out there, as in training."""
+    folder = folder_with(tmp_path / "folder", set())
+    for seed in (0, 1):
+        Path(Pairs(folder, 8, "held_out", seed).name(0)).with_suffix(".txt").write_text("far too long " * 40)
+    code, _, err = run_here("train.py", *flags(**TINY | dict(judged=4), data=folder, out=tmp_path / "out"))
+    assert code == 0 and "raise --seq_len or shorten its caption" in err, err
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["splits"]["held_out"]["n"] == 4 and (tmp_path / "out" / "samples_000004.png").exists()
+    with pytest.raises(ValueError, match="no caption is short enough for seq_len 19"):
+        fitting(Pairs(folder, 8), 4, BYTES, 19, 16)
 
 
 def test_training_with_a_tokenizer_json(tokenizer_json, shards, tmp_path):
