@@ -262,7 +262,7 @@ def wrap(model, config, device):
     if not dist.is_initialized():
         return model
     if not config.fsdp:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)  # which are constants
     ranks, shard = dist.get_world_size(), config.shard or dist.get_world_size()
     if ranks % shard:
         raise ValueError(f"shard is {shard}; it must divide the number of processes, {ranks}")
@@ -540,9 +540,10 @@ class Run:
         self.optimizers = make_optimizers(self.model, config, partly)
 
         self.loader = self._loader("train", config.rows, config.data.workers, config.micro_rows)
-        held_out, self.validation = self._loader("held_out", self.ranks * max(1, min(config.rows, 8) // self.ranks)), []
-        while sum(len(batch.images) for batch in self.validation) * self.ranks < config.eval_documents:
+        held_out, self.validation, images = self._loader("held_out", config.rows, 0, config.micro_rows), [], 0  # of training's shape: nothing is compiled anew
+        while images < config.eval_documents:
             self.validation.append(next(held_out))
+            images += total([len(self.validation[-1].images)], self.device)[0]  # of all processes: none may stop before the others, which would wait for it
         self.step = 0
         if state:
             self._restore(state)
@@ -666,9 +667,10 @@ class Run:
         sums = np.zeros(12)  # lm and its targets; per quarter of t, the loss and its images; the codes' lm and their number
         with self.average.applied():
             self.parallel.eval()
+            mine, size = self.loader.stream.mine, self.loader.batch_rows
             for n, batch in enumerate(self.validation):
-                rows = range(self.rank, len(batch.tokens) * self.ranks, self.ranks)
-                batch, x_0, t, eps = self.prepare(batch, rows, 2, n, t_draw="uniform")
+                step, first = divmod(n * size, len(mine))
+                batch, x_0, t, eps = self.prepare(batch, mine[first : first + size], 2, step, t_draw="uniform")
                 with autocast(self.config, self.device):
                     per_token, per_image = losses(self.parallel, self.ddpm, batch, x_0, t, eps, self.mask)
                 is_code = batch.targets >= self.tokenizer.vocab_size

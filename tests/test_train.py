@@ -173,6 +173,17 @@ def test_validation_leaves_training_as_it_was(trained_vae, tmp_path):
     assert a.train_step() == b.train_step()
 
 
+def test_validation_compiles_nothing_anew(trained_vae, tmp_path):
+    """Two graphs of the blocks, with gradients and without, whatever the number of validation batches."""
+    run = Run(config_of(tmp_path / "out", vae=trained_vae, rows=4, micro_rows=2, eval_documents=40))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in run.model.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    run.train_step(), run.validate(), run.train_step()
+    assert len(run.validation) > 2 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(trained_vae, tmp_path):
     run = Run(config_of(tmp_path / "out", vae=trained_vae, lr=1e30, warmup=1, clip=1e30))
     run.save()
