@@ -252,6 +252,7 @@ def test_images_that_condition_have_no_loss_and_no_noise_is_drawn(chameleon_run)
     inside = batch.image_id == 0
     assert (filled.targets[inside] == NO_LOSS).all() and torch.equal(filled.tokens[inside].view(4, 4) - run.tokenizer.vocab_size, run.vae.codes(batch.images[:1])[0])
     assert (filled.targets[batch.image_id > 0] >= 0).all()
+    assert run.counts(batch) == (int((filled.targets != NO_LOSS).sum()), len(batch.images) - 1)  # known before the pictures are encoded
 
 
 def test_validation_tells_text_from_codes(chameleon_run):
@@ -270,7 +271,7 @@ def test_two_processes_equal_one(chameleon_run, tmp_path):
 
     from test_distributed import RANKS
 
-    options = flags(**TINY_VQ | dict(rows=4, max_steps=20, precision="fp32", optimizer="adamw", lr=1e-4, warmup=1, caption_first=0.5), vae=chameleon_run[0] / "vae.pt")
+    options = flags(**TINY_VQ | dict(rows=4, max_steps=20, precision="fp32", optimizer="adamw", lr=1e-4, warmup=1, caption_first=0.5, eval_documents=32), vae=chameleon_run[0] / "vae.pt")
     (tmp_path / "jobs.json").write_text(json.dumps([dict(steps=STEPS, options=[*options, "--out", str(tmp_path / "two"), "--micro_rows", "1"])]))
     process = torchrun("--standalone", "--nproc_per_node=2", RANKS, tmp_path / "jobs.json", cwd=tmp_path)
     _, err = process.communicate(timeout=300)
