@@ -10,6 +10,8 @@ mask for scaled_dot_product_attention, the reference everywhere; and `flex_mask`
 FlexAttention (Dong et al. 2024), which skips the blocks of the mask that are empty and exists in CUDA training only.
 """
 
+from functools import cache
+
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -47,13 +49,16 @@ def transfusion_mask(image_id, doc_id=None, causal=False):
     return mask_rule(image_id, doc_id, causal)(b, None, position[:, None], position[None, :])
 
 
-compiled_create_block_mask = torch.compile(create_block_mask)  # uncompiled, it would write out all S x S entries
+@cache
+def compiled_create_block_mask():
+    """Uncompiled, it would write out all S x S entries. Only when asked for: loading the compiler takes seconds."""
+    return torch.compile(create_block_mask)
 
 
 def flex_mask(image_id, doc_id, causal=False):
     """The rule as a BlockMask for flex_attention: (B, S), (B, S) -> which 128 x 128 blocks are empty, full or mixed. S should
     be a multiple of 128, and the same from batch to batch, so that what is compiled once serves them all."""
-    create = compiled_create_block_mask if image_id.is_cuda else create_block_mask
+    create = compiled_create_block_mask() if image_id.is_cuda else create_block_mask
     batch, length = image_id.shape
     return create(mask_rule(image_id, doc_id, causal), batch, None, length, length, device=image_id.device.type)
 

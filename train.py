@@ -43,7 +43,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from attention_mask import TEXT, flex_mask, transfusion_mask
+from attention_mask import PADDING, TEXT, flex_mask, transfusion_mask
 from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, fill_codes, fitting, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer, to_pixels
 from diffusion import DDPM, SAMPLERS, DiffusionConfig
 from evaluate import evaluate, format_scores, tell
@@ -273,7 +273,7 @@ def wrap(model, config, device):
     if not dist.is_initialized():
         return model
     if not config.fsdp:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)  # which are constants
     ranks, shard = dist.get_world_size(), config.shard or dist.get_world_size()
     if ranks % shard:
         raise ValueError(f"shard is {shard}; it must divide the number of processes, {ranks}")
@@ -551,9 +551,10 @@ class Run:
         self.optimizers = make_optimizers(self.model, config, partly)
 
         self.loader = self._loader("train", config.rows, config.data.workers, config.micro_rows)
-        held_out, self.validation = self._loader("held_out", self.ranks * max(1, min(config.rows, 8) // self.ranks)), []
-        while sum(len(batch.images) for batch in self.validation) * self.ranks < config.eval_documents:
+        held_out, self.validation, images = self._loader("held_out", config.rows, 0, config.micro_rows), [], 0  # of training's shape: nothing is compiled anew
+        while images < config.eval_documents:
             self.validation.append(next(held_out))
+            images += total([len(self.validation[-1].images)], self.device)[0]  # of all processes: none may stop before the others, which would wait for it
         self.step = 0
         if state:
             self._restore(state)
@@ -585,7 +586,8 @@ class Run:
 
     @torch.no_grad()
     def prepare(self, batch, rows, *key, t_draw=None):
-        """A Batch, and the numbers of its rows -> (the Batch, clean latents (N, C, h, w), t (N,), eps like the latents), on the device.
+        """A Batch, and the numbers of its rows -> (the Batch without its pictures, clean latents (N, C, h, w), t (N,), eps like the latents),
+        on the device.
 
         All that is random (the draw of the VAE's posterior, the timesteps, the noise) is a function of the seed, `key` and the
         row's number: the same for any division of a step's rows, and again when the step is repeated. For a discrete model nothing
@@ -609,26 +611,31 @@ class Run:
         if not len(eps):
             return batch, eps, t, eps
         posterior = batch.images.chunk(2, dim=1) if self.config.data.latents else self.vae.posterior(batch.images)
-        return batch, self.vae.draw(*posterior, of_posterior), t, eps
+        x_0 = self.vae.draw(*posterior, of_posterior)
+        return replace(batch, images=x_0.new_empty(0)), x_0, t, eps
 
     def micro_batches(self):
-        """This process's rows of the next step, micro_rows at a time, prepared."""
+        """This process's rows of the next step, micro_rows at a time: [(Batch on the CPU, the numbers of its rows)]."""
         rows, n = self.loader.stream.mine, self.loader.batch_rows
-        return [self.prepare(next(self.loader), rows[i : i + n], 1, self.step) for i in range(0, len(rows), n)]
+        return [(next(self.loader), rows[i : i + n]) for i in range(0, len(rows), n)]
+
+    def counts(self, batch):
+        """How many text targets (codes included) and noised images a Batch holds; of a discrete model, before its codes are filled in."""
+        noised, targets = int((batch.max_t > 0).sum()), int((batch.targets != NO_LOSS).sum())
+        return targets + (self.config.model.n_patches + 1) * noised * (self.config.model.images == "discrete"), noised  # the codes, and <EOI> after them
 
     def train_step(self):
-        """One optimiser step -> the numbers for the log."""
+        """One optimiser step -> the numbers for the log. fill: the share of positions that are not padding."""
         config, lr = self.config, learning_rate(self.config, self.step)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         batches = self.micro_batches()
         # The means of eq. 1 and eq. 3 are over the whole step. Ranks and micro-batches differ in how many text targets and
         # noised images they hold, so a mean of their means would be another number.
-        targets = sum(int((batch.targets != NO_LOSS).sum()) for batch, *_ in batches)
-        images = sum(int((batch.max_t > 0).sum()) for batch, *_ in batches)
-        targets, images = (max(1.0, count) for count in total([targets, images], self.device))
+        targets, images = (max(1.0, count) for count in total([sum(each) for each in zip(*(self.counts(batch) for batch, _ in batches))], self.device))
         lm, ddpm = 0.0, 0.0
-        for n, (batch, x_0, t, eps) in enumerate(batches):
+        for n, (batch, rows) in enumerate(batches):
+            batch, x_0, t, eps = self.prepare(batch, rows, 1, self.step)
             with self._synchronised(n == len(batches) - 1):
                 with autocast(config, self.device):
                     per_token, per_image = losses(self.parallel, self.ddpm, batch, x_0, t, eps, self.mask, config.z_loss)
@@ -638,7 +645,8 @@ class Run:
             lm, ddpm = lm + lm_part.detach(), ddpm + ddpm_part.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        lm, ddpm, flops = total([lm, ddpm, sum(self.flops(batch) for batch, *_ in batches)], self.device)
+        flops, filled = sum(self.flops(batch) for batch, _ in batches), sum(int((batch.doc_id != PADDING).sum()) for batch, _ in batches)
+        lm, ddpm, flops, filled = total([lm, ddpm, flops, filled], self.device)
         if not math.isfinite(lm + ddpm + norm):  # before the weights are touched, so that what is here and on disk stays good
             raise FloatingPointError(
                 f"the loss is {lm + config.lambda_ddpm * ddpm:g} and its gradient's norm {norm:g} at step {self.step}: lower --lr (now {config.lr:g}) or --clip; "
@@ -649,7 +657,7 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         self.average.update(min(config.ema, (1 + self.step) / (10 + self.step)))  # warmed up: the first weights are soon forgotten
         self.step += 1
-        return {"lm": lm} | ({"ddpm": ddpm} if config.model.images == "continuous" else {}) | {"norm": norm, "lr": lr, "flops": flops}
+        return {"lm": lm} | ({"ddpm": ddpm} if config.model.images == "continuous" else {}) | {"norm": norm, "lr": lr, "fill": filled / (config.rows * config.data.seq_len), "flops": flops}
 
     def flops(self, batch):
         """Training FLOPs that a batch costs, forward and backward."""
@@ -677,9 +685,10 @@ class Run:
         sums = np.zeros(12)  # lm and its targets; per quarter of t, the loss and its images; the codes' lm and their number
         with self.average.applied():
             self.parallel.eval()
+            mine, size = self.loader.stream.mine, self.loader.batch_rows
             for n, batch in enumerate(self.validation):
-                rows = range(self.rank, len(batch.tokens) * self.ranks, self.ranks)
-                batch, x_0, t, eps = self.prepare(batch, rows, 2, n, t_draw="uniform")
+                step, first = divmod(n * size, len(mine))
+                batch, x_0, t, eps = self.prepare(batch, mine[first : first + size], 2, step, t_draw="uniform")
                 with autocast(self.config, self.device):
                     per_token, per_image = losses(self.parallel, self.ddpm, batch, x_0, t, eps, self.mask)
                 is_code = batch.targets >= self.tokenizer.vocab_size
@@ -769,19 +778,21 @@ def train(config, resume=False):
     parameters, peak = sum(p.numel() for p in run.model.parameters()), peak_flops(run.device)
     where = f"{run.ranks} x {run.device.type}" if run.ranks > 1 else str(run.device)
     run.say(f"2. the transformer ({parameters / 1e6:.2f} M parameters, {config.max_steps:,} steps, on {where})" + (f"; MFU is of {peak / 1e12:.0f} TFLOP/s" if peak else ""))
+    steps, seconds, flops = 0, 0.0, 0.0  # since the last line of the log
     with Interrupt() as interrupt, tqdm(desc="train", initial=run.step, total=config.max_steps, mininterval=1, disable=run.rank > 0) as bar:
         while run.step < config.max_steps:
             started = time.perf_counter()
             values = run.train_step()
-            values["ms"] = 1000 * (time.perf_counter() - started)
-            values["tokens_per_s"] = config.rows * config.data.seq_len / values["ms"] * 1000
-            if peak:
-                values["mfu"] = 1000 * values["flops"] / values["ms"] / (peak * run.ranks)
+            steps, seconds, flops = steps + 1, seconds + time.perf_counter() - started, flops + values["flops"]
             bar.update()
             if run.step % config.log_every == 0 or run.step == config.max_steps:
+                values |= {"flops": flops / steps, "ms": 1000 * seconds / steps, "tokens_per_s": steps * config.rows * config.data.seq_len / seconds}
+                if peak:
+                    values["mfu"] = flops / seconds / (peak * run.ranks)
+                steps, seconds, flops = 0, 0.0, 0.0
                 run.log(values)
                 line = f"iter {run.step:6} | lm {values['lm']:.3f}" + (f" | ddpm {values['ddpm']:.3f}" if "ddpm" in values else "")
-                line += f" | norm {values['norm']:.2f} | lr {values['lr']:.1e} | {values['ms']:.0f} ms | {values['tokens_per_s']:,.0f} tokens/s"
+                line += f" | norm {values['norm']:.2f} | lr {values['lr']:.1e} | fill {values['fill']:.1%} | {values['ms']:.0f} ms | {values['tokens_per_s']:,.0f} tokens/s"
                 run.say(line + (f" | MFU {values['mfu']:.1%}" if peak else ""))
             if run.step % config.eval_every == 0 or run.step == config.max_steps:
                 found = run.validate()

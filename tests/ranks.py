@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 tests/ranks.py jobs.json        [{"steps": 3, "options": ["--config", "small", ...]}, ...]
 
-Each job leaves its checkpoint, and in its output folder values.json: what every step logged, what validation found, and
-how many times gradients travelled between the processes (DDP only).
+Each job leaves its checkpoint, and in its output folder values.json: what every step logged, what validation found and the
+images in each of its batches, by process, and how many times gradients travelled between the processes (DDP only).
 """
 
 import json
@@ -27,8 +27,11 @@ def work(job):
     steps = [run.train_step() for _ in range(job["steps"])]
     validation = run.validate()
     run.save()
+    held_out = [None] * run.ranks
+    dist.all_gather_object(held_out, [len(batch.images) for batch in run.validation])
     if run.rank == 0:
-        (run.out / "values.json").write_text(json.dumps({"ranks": run.ranks, "steps": steps, "validation": validation, "travelled": sum(travelled)}))
+        found = {"ranks": run.ranks, "steps": steps, "validation": validation, "held_out": held_out, "travelled": sum(travelled)}
+        (run.out / "values.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

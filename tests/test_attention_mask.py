@@ -2,11 +2,13 @@
 
 import copy
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture, run_here, tiny_model
+from conftest import ROOT, picture, run_here, tiny_model
 from torch.nn.attention.flex_attention import flex_attention
 
 from attention_mask import flex_mask, mask_rule, transfusion_mask
@@ -193,6 +195,13 @@ def test_one_compilation_serves_every_batch(mask):
             expected, _ = model(*inputs, transfusion_mask(batch.image_id, batch.doc_id), x_0, t)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
     assert len(images) > 2 and torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
+def test_the_compiler_is_not_loaded_before_it_is_needed():
+    """It takes as long to load as all the rest."""
+    code = "import sys, train; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention trains on CUDA only")

@@ -271,6 +271,7 @@ def test_images_that_condition_have_no_loss_and_no_noise_is_drawn(chameleon_run)
     inside = batch.image_id == 0
     assert (filled.targets[inside] == NO_LOSS).all() and torch.equal(filled.tokens[inside].view(4, 4) - run.tokenizer.vocab_size, run.vae.codes(batch.images[:1])[0])
     assert (filled.targets[batch.image_id > 0] >= 0).all()
+    assert run.counts(batch) == (int((filled.targets != NO_LOSS).sum()), len(batch.images) - 1)  # known before the pictures are encoded
 
 
 def test_validation_tells_text_from_codes(chameleon_run):

@@ -14,7 +14,7 @@ from train import Run, parse
 from vae import load_checkpoint
 
 RANKS = Path(__file__).parent / "ranks.py"
-STEPS = 3
+STEPS, HELD_OUT = 3, 30
 UNET = dict(patch_encoder="unet", unet_channels=64, unet_blocks=1)
 DISCRETE = dict(config="chameleon", vae_codebook=32, micro_rows=1, caption_first=0.5)
 
@@ -34,7 +34,7 @@ def free_port():
 
 def options(out, vae, **change):
     """A run whose four rows differ in how many text targets and images they hold; float32, so that sums compare."""
-    return flags(**TINY | dict(out=out, vae=vae, rows=4, max_steps=20, precision="fp32", optimizer="adamw", image_first_max_t=0, lr=1e-4, warmup=1) | change)
+    return flags(**TINY | dict(out=out, vae=vae, rows=4, eval_documents=HELD_OUT, max_steps=20, precision="fp32", optimizer="adamw", image_first_max_t=0, lr=1e-4, warmup=1) | change)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,8 @@ def assert_same_state(folder, run):
 def test_the_rows_differ_in_what_the_means_are_over(one_process, trained_vae, tmp_path):
     """Or means of the ranks' means would pass the tests below."""
     run = Run(*parse(options(tmp_path / "out", trained_vae, micro_rows=1)))
-    batches = [batch for batch, *_ in run.micro_batches()]
-    assert len({int((batch.targets >= 0).sum()) for batch in batches}) > 1 and len({int((batch.max_t > 0).sum()) for batch in batches}) > 1
+    targets, images = zip(*(run.counts(batch) for batch, _ in run.micro_batches()))
+    assert len(set(targets)) > 1 and len(set(images)) > 1
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp_at_once", "fsdp"])
@@ -112,6 +112,15 @@ def test_two_processes_equal_one(name, one_process, two_processes):
     assert_same_state(two_processes / name, run)
     expected = run.validate()
     assert found["validation"]["val_lm"] == pytest.approx(expected["val_lm"], rel=1e-4)
+    assert found["validation"]["val_ddpm"] == pytest.approx(expected["val_ddpm"], rel=1e-4)
+
+
+def test_processes_validate_in_step(two_processes):
+    """They take equally many validation batches, though each by itself would take another number: FSDP2 gathers weights in each."""
+    by_process = values_of(two_processes / "fsdp")["held_out"]
+    assert len({len(images) for images in by_process}) == 1
+    enough = [[2 * sum(images[: n + 1]) >= HELD_OUT for n in range(len(images))] + [True] for images in by_process]
+    assert len({each.index(True) for each in enough}) == 2, by_process
 
 
 def test_gradients_travel_once_a_step(two_processes):

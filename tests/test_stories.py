@@ -169,7 +169,8 @@ def test_a_step_counts_no_loss_on_clean_pictures(small_run, tmp_path):
     options = dict(config="small_edit", init_from=small_run[0] / "out/small", rows=2, eval_documents=4, out=tmp_path)
     run = Run(*parse(flags(**options)))
     again = Run(*parse(flags(**options | dict(out=tmp_path / "again"))))
-    ((batch, x_0, t, eps),) = again.micro_batches()
+    ((batch, rows),) = again.micro_batches()
+    batch, x_0, t, eps = again.prepare(batch, rows, 1, again.step)
     assert ((t == 0) == (batch.max_t == 0)).all() and (batch.max_t[0::2] == 0).all() and (batch.max_t[1::2] == 1000).all()
     with torch.no_grad():
         _, per_image = losses(again.model, again.ddpm, batch, x_0, t, eps)

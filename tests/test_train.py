@@ -47,7 +47,7 @@ def test_small_trains_from_nothing(small_run):
     assert "held out, prompts" in out and "python sample.py --ckpt" in out  # the table, and what to type next
     assert set(json.loads((made / "scores.json").read_text())["splits"]) == {"seen", "held_out", "never_seen"}
     lines = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 4 and {"lm", "ddpm", "norm", "lr"} <= lines[0].keys()
+    assert lines[-1]["step"] == 4 and {"lm", "ddpm", "norm", "lr"} <= lines[0].keys() and 0.8 < lines[0]["fill"] <= 1 and "| fill " in out
     assert len(lines[-1]["val_ddpm_by_t"]) == 4 and lines[-1]["val_lm"] > 0 and 0.5 < lines[-1]["val_ddpm"] < 2
 
 
@@ -171,6 +171,46 @@ def test_validation_leaves_training_as_it_was(trained_vae, tmp_path):
     assert a.validate() == a.validate()
     a.draw_samples("x.png", n=2)
     assert a.train_step() == b.train_step()
+
+
+def test_validation_compiles_nothing_anew(trained_vae, tmp_path):
+    """Two graphs of the blocks, with gradients and without, both of fixed shapes; FlexAttention's are slower where a shape varies."""
+    run = Run(config_of(tmp_path / "out", vae=trained_vae, rows=4, micro_rows=2, eval_documents=40))
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append("varies" if any(isinstance(n, torch.SymInt) for x in inputs for n in (x, *getattr(x, "shape", ()))) else "fixed")
+        return graph
+
+    torch._dynamo.reset()
+    for block in run.model.blocks:
+        block.compile(backend=backend, fullgraph=True)
+    run.train_step(), run.validate(), run.train_step()
+    assert len(run.validation) > 2 and graphs == ["fixed", "fixed"]
+
+
+def test_each_micro_batch_is_prepared_as_it_is_run(trained_vae, tmp_path, monkeypatch):
+    """Or the pictures of a whole step would lie on the GPU at once."""
+    run, order, prepare = Run(config_of(tmp_path / "out", vae=trained_vae, rows=4, micro_rows=2)), [], Run.prepare
+
+    def spy(run, *args, **kwargs):
+        order.append("prepare")
+        found = prepare(run, *args, **kwargs)
+        assert not found[0].images.numel() and len(found[1])
+        return found
+
+    monkeypatch.setattr(Run, "prepare", spy)
+    run.model.register_forward_pre_hook(lambda *_: order.append("forward"))
+    run.train_step()
+    assert order == ["prepare", "forward"] * 2
+
+
+def test_the_logged_time_is_the_mean_since_the_last_line(trained_vae, tmp_path, monkeypatch):
+    clock = iter([0, 1, 10, 13, 50, 54])  # steps of 1, 3 and 4 seconds, and something else between them
+    monkeypatch.setattr(recipe, "time", SimpleNamespace(time=lambda: 0.0, perf_counter=lambda: float(next(clock))))
+    recipe.train(config_of(tmp_path / "out", vae=trained_vae, max_steps=3, log_every=2))
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [line["ms"] for line in lines[:2]] == [2000, 4000] and lines[0]["tokens_per_s"] == 2 * 112 / 2
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(trained_vae, tmp_path):
