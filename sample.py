@@ -96,7 +96,7 @@ def load(path, device="cpu"):
 
 def export(trained, folder):
     """Write a model for others, without what only training needs: model.safetensors, vae.safetensors, and config.json with the
-    tokenizer and all sizes. `load` reads it back. Raises OSError if it cannot be written, ValueError without the package."""
+    tokenizer and all sizes. `load` reads it back. Raises OSError if it cannot be written."""
     config = {"model_type": "transfusion", "config": trained.config, "vae_config": asdict(trained.vae.config), "tokenizer": trained.tokenizer.state()}
     write_safetensors(Path(folder) / "model.safetensors", trained.model.state_dict())
     write_safetensors(Path(folder) / "vae.safetensors", trained.vae.state_dict())
@@ -370,8 +370,8 @@ def denoise(model, cache, x, t, positions, mask):
 
 @cache
 def compiled_denoise():
-    """One compilation for all numbers of rows and lengths of prefixes, which are symbols in it. Static shapes would be a little faster to
-    run, but rows end and prefixes differ: each pair of numbers would be compiled anew, for as long as thousands of steps take."""
+    """One compilation for all numbers of rows and lengths of prefixes, which are symbols in it: rows end and prefixes differ, and with
+    static shapes each pair of numbers would be compiled anew."""
     return torch.compile(denoise, dynamic=True)
 
 
