@@ -464,6 +464,10 @@ class Picture:
     instead: Callable | None = None  # () -> the document, no longer, that takes the place of this one if the picture is broken
 
 
+class Cut(list):
+    """The tokens of a text that goes on in another document: the end of its sequence is not its own, and <EOS> is no target there."""
+
+
 def mix(*numbers):
     """Integers to 64 well-mixed bits (splitmix64, Steele et al. 2014)."""
     x, word = 0, 2**64 - 1
@@ -707,7 +711,7 @@ def collate(rows, tokenizer, seq_len, n_patches, errors=None):
 
     A position's target is the next token of its document, <EOS> after the last. There is none where the input is <BOI>
     (footnote 8) or a patch; so <BOI> is a target, <EOI> is not (it is inserted, never sampled), and <EOI> as input
-    predicts the text that follows it.
+    predicts the text that follows it. A piece of a longer text (`Cut`) has none at its end.
     """
     shape = len(rows), seq_len
     tokens, targets = np.full(shape, tokenizer.pad), np.full(shape, NO_LOSS)
@@ -731,7 +735,8 @@ def collate(rows, tokenizer, seq_len, n_patches, errors=None):
             ids, owner = np.array(ids), np.array(owner)
             has_loss = (ids != tokenizer.boi) & (owner == TEXT)
             tokens[b, here], image_id[b, here], doc_id[b, here] = ids, owner, d
-            targets[b, here] = np.where(has_loss, np.append(ids[1:], tokenizer.eos), NO_LOSS)
+            end = NO_LOSS if document and isinstance(document[-1], Cut) else tokenizer.eos
+            targets[b, here] = np.where(has_loss, np.append(ids[1:], end), NO_LOSS)
             positions[b, here] = np.arange(len(ids))
             start += len(ids)
     images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
@@ -1295,7 +1300,7 @@ class TextFiles:
                     found.good += 1
                     ids = np.array(tokenizer.encode(text), self.dtype)
                     for start in range(0, len(ids), most):
-                        yield ids[start : start + most].tobytes(), 0, 0, 0, held_out(f"{file.name}:{where}:{start}")
+                        yield ids[start : start + most].tobytes(), start + most < len(ids), 0, 0, held_out(f"{file.name}:{where}:{start}")
 
         key = list(map(stamp, files)), most, sha256(repr(tokenizer.state()).encode()).hexdigest()
         self.table = Table(config.text.split(",")[0], key, records, found, split, seed, config.max_broken, config.cache)
@@ -1307,8 +1312,9 @@ class TextFiles:
         return TextFiles, self.options
 
     def ids(self, index):
-        """Piece number `index`, a list of tokens; index runs on over the epochs."""
-        return self.table.data(self.table.at(index)[0]).view(self.dtype).tolist()
+        """Piece number `index`, a list of tokens, or a Cut if its text goes on; index runs on over the epochs."""
+        row, _ = self.table.at(index)
+        return (Cut if self.table.rows[row, 1] else list)(self.table.data(row).view(self.dtype).tolist())
 
 
 def read_txt(path):

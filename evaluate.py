@@ -33,7 +33,7 @@ from attention_mask import transfusion_mask
 from data import (BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, DataConfig, Found, Pairs, Scenes, collate, fitting, open_pairs,
                   read_jsonl, read_txt, readable, sprite, to_pixels)  # fmt: skip
 from diffusion import SAMPLERS
-from sample import Parser, generate, load, newest_checkpoint, pick_device
+from sample import Parser, generate, load, make_folder, newest_checkpoint, pick_device
 from vae import load_checkpoint
 
 ASPECTS = ("all", "number", "colours", "shapes", "relation")
@@ -397,9 +397,10 @@ HOW_TO_GET = {
 
 
 def words(text):
-    """A caption as CIDEr-D compares it: lower case, without punctuation, `dog's` in two. The reference implementation's
-    tokeniser (Stanford's, in Java) does the same to plain captions; on rarer spellings the two may differ."""
-    return re.findall(r"\w+|'\w+", text.lower())
+    """A caption as CIDEr-D compares it, like the Penn Treebank's tokeniser that coco-caption runs (Stanford's, in Java): lower case, without
+    punctuation; `dog's`, `don't` and `I'm` are two words, `t-shirt` and `3.5` one. That one also cuts `cannot` and `gonna` in two, and keeps
+    `o'clock`, abbreviations with dots (`u.s.`) and symbols (`$`, `&`) as words, which here fall apart or away."""
+    return re.findall(r"\w+(?=n't\b)|n't\b|'(?:s|m|d|ll|re|ve)\b|\w+(?:-\w+|(?<=\d)[.,]\d+)*", text.lower().replace("\u2019", "'"))
 
 
 def cider(candidates, references, n=4, sigma=6.0):
@@ -537,6 +538,10 @@ def main(argv=None):
         raise ValueError(f"--judged is {args.judged}; it must be at least 1")
     if args.text:
         read_texts(args.text)  # whatever is wrong with it, say so before the long work
+    if args.json:
+        make_folder(Path(args.json).parent, f"--json {args.json}")
+        if Path(args.json).is_dir():
+            raise ValueError(f"--json {args.json}: is a folder; name a file")
     trained = load(args.ckpt or newest_checkpoint(), pick_device(args.device))
     trained.config.update({name: getattr(args, name) for name in ("steps", "sampler", "guidance_scale") if getattr(args, name) is not None})
     scores = evaluate(trained, args.judged, args.seed, lambda splits: tqdm(splits, desc="evaluate"), args.inception, args.clip)
@@ -552,3 +557,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -434,7 +434,11 @@ def inspect_llama(folder):
     files of weights. Raises ValueError, naming the file, if one is missing, or it is no Llama or one whose block is not ours."""
     path, settings = Path(folder) / "config.json", read_json(Path(folder) / "config.json")
     # transformers 5 writes rope_parameters, those before it rope_theta and rope_scaling.
-    rope = {"rope_theta": settings.get("rope_theta", 10000.0)} | (settings.get("rope_scaling") or {}) | (settings.get("rope_parameters") or {})
+    rope = {"rope_theta": settings.get("rope_theta", 10000.0)}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(settings.get(name) or {}, dict):
+            raise ValueError(f"{path}: {name} is {settings[name]!r}; it must be an object")
+        rope |= settings.get(name) or {}
     stretch = rope.get("rope_type", rope.get("type", "default"))
     wanted = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     odd = [name for name, value in wanted.items() if settings.get(name, value if name != "model_type" else None) != value]
@@ -451,9 +455,12 @@ def inspect_llama(folder):
         )  # fmt: skip
     except KeyError as error:
         raise ValueError(f"{path}: lacks {error}") from None
-    wrong = [name for name in ("dim", "n_layers", "n_heads", "mlp_width", "vocab_size") if not isinstance(sizes[name], int) or sizes[name] < 1]
-    if wrong:
-        raise ValueError(f"{path}: gives {sizes[wrong[0]]!r} as the model's {wrong[0]}; it must be a whole number above 0")
+    for name in ("dim", "n_layers", "n_heads", "mlp_width", "vocab_size", "n_kv_heads"):
+        if type(sizes[name]) is not int or sizes[name] < (name != "n_kv_heads"):
+            raise ValueError(f"{path}: gives {sizes[name]!r} as the model's {name}; it must be a whole number above 0")
+    for name, value in (("norm_eps", sizes["norm_eps"]), ("rope_theta", sizes["rope_theta"]), *(("rope_scaling", value) for value in sizes["rope_scaling"])):
+        if type(value) not in (int, float) or not value > 0:
+            raise ValueError(f"{path}: gives {value!r} as the model's {name}; it must be a number above 0")
     if settings.get("head_dim") not in (None, sizes["dim"] // sizes["n_heads"]):
         raise ValueError(f"{path}: head_dim is {settings['head_dim']}; only hidden_size / num_attention_heads can be read")
     index, files = path.with_name("model.safetensors.index.json"), [path.with_name("model.safetensors")]
@@ -475,8 +482,10 @@ def load_llama(path, config=None, new_tokens=0):
     path: folder with config.json and model.safetensors, or the shards that model.safetensors.index.json names
     config: TransfusionConfig of what Llama has no say in, patches and latents; default: the paper's
     new_tokens: rows appended to the vocabulary, for <BOI> and the like
-    These rows and the ways in and out of patches are drawn anew. A head that was tied to the embedding becomes a copy of it:
-    ours are untied. Raises ValueError, naming the file that is missing, broken or of other sizes than config.json says.
+    These rows and the ways in and out of patches are drawn anew. <BOS> and <EOS> are among them: the Llama's own begin and end of
+    text stay in the vocabulary, unused, so what it knows of where texts begin and end must be learned again. A head that was
+    tied to the embedding becomes a copy of it: ours are untied. Raises ValueError, naming the file that is missing, broken or of
+    other sizes than config.json says.
     """
     sizes, tied, files = inspect_llama(path)
     n_tokens = sizes["vocab_size"]

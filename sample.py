@@ -33,6 +33,8 @@ import io
 import itertools
 import json
 import math
+import os
+import re
 import sys
 import warnings
 from collections import deque
@@ -96,7 +98,7 @@ def load(path, device="cpu"):
 
 def export(trained, folder):
     """Write a model for others, without what only training needs: model.safetensors, vae.safetensors, and config.json with the
-    tokenizer and all sizes. `load` reads it back. Raises OSError if it cannot be written, ValueError without the package."""
+    tokenizer and all sizes. `load` reads it back. Raises OSError if it cannot be written."""
     config = {"model_type": "transfusion", "config": trained.config, "vae_config": asdict(trained.vae.config), "tokenizer": trained.tokenizer.state()}
     write_safetensors(Path(folder) / "model.safetensors", trained.model.state_dict())
     write_safetensors(Path(folder) / "vae.safetensors", trained.vae.state_dict())
@@ -370,7 +372,8 @@ def denoise(model, cache, x, t, positions, mask):
 
 @cache
 def compiled_denoise():
-    """One compilation for all numbers of rows and lengths of prefixes."""
+    """One compilation for all numbers of rows and lengths of prefixes, which are symbols in it: rows end and prefixes differ, and with
+    static shapes each pair of numbers would be compiled anew."""
     return torch.compile(denoise, dynamic=True)
 
 
@@ -410,22 +413,31 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
     max_batch: documents in work at a time; as one ends, the next takes its place
     on_text(number, piece) is called as text is sampled, on_step(number, steps done, x_t) as an image begins and after each step,
         which overwrites that x_t (C, H, W), or its codes
-    Raises ValueError for an empty prompt, one too long for the sequences that the model was trained on, or an option out of range.
+    Raises ValueError for an empty prompt, one too long for the sequences that the model was trained on, or an argument of another kind or out
+    of range.
     """
     config, n_patches = trained.config, trained.model.config.n_patches
     steps, sampler = config["steps"] if steps is None else steps, sampler or config["sampler"]
     guidance_scale = config["guidance_scale"] if guidance_scale is None else guidance_scale
-    for name, value, least in (("temperature", temperature or 0, 0), ("code_temperature", code_temperature or 0, 0), ("top_k", top_k, 0), ("max_batch", max_batch, 1)):
-        if not value >= least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    for name, value, least in (("temperature", temperature or 0, 0), ("code_temperature", code_temperature or 0, 0), ("top_k", top_k, 0),
+                               ("max_tokens", max_tokens, 0), ("max_images", max_images, 0), ("max_batch", max_batch, 1)):  # fmt: skip
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be at least {least}, and finite")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite")
     for name, value in (("top_p", top_p), ("code_top_p", 1.0 if code_top_p is None else code_top_p)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} is {value}; it must be above 0 and at most 1")
-    seeds = list(range(len(documents))) if seeds is None else list(seeds)
-    rows = []
+    if not isinstance(documents, (list, tuple)) or not all(isinstance(document, list) for document in documents):
+        raise ValueError('documents must be lists of strings and PIL images in a list, as in [["a red circle"], [image, "make it blue"], []]')
+    seeds, rows = list(range(len(documents)) if seeds is None else seeds), []
+    if len(seeds) != len(documents):
+        raise ValueError(f"there are {len(seeds)} seeds for {len(documents)} documents; give one for each")
     for document, seed in zip(documents, seeds, strict=True):
         prompt, temper = to_segments(document, trained, draw), (0.0 if document else 1.0) if temperature is None else temperature
         drawing = bool(prompt) and prompt[-1] == [trained.tokenizer.boi]
+        if drawing and max_images < 1:
+            raise ValueError("max_images is 0, but a document that ends in text is drawn at once; draw=False (--free) lets the model go on with text")
         generator, position = torch.Generator().manual_seed(seed), length(prompt, n_patches)
         rows.append(Row(len(rows), prompt, generator, temper, max_tokens, max_images - drawing, position, step=0 if drawing else None))
         limit = config["data"]["seq_len"] - (n_patches + 1 if drawing else 0)
@@ -456,9 +468,11 @@ def to_segments(document, trained, draw):
             if not part.strip():
                 raise ValueError("the prompt is empty; say what to draw, or leave it out to let the model start by itself")
             segments.append(trained.tokenizer.encode(part))
-        else:
+        elif isinstance(part, Image.Image):
             pixels = fit_image(part, size)
             segments.append(Picture(lambda pixels=pixels: pixels, 0))
+        else:
+            raise ValueError(f"a document is of strings and PIL images, and here has a {type(part).__name__}; of an array, Image.fromarray makes an image")
     if draw and document and isinstance(document[-1], str):
         segments.append([trained.tokenizer.boi])
     return segments
@@ -498,7 +512,8 @@ def captioned(document):
 
 def contact_sheet(images, captions, columns=None, side=128):
     """PIL images in a grid, each with its caption under it -> PIL image."""
-    columns = columns or min(len(images), math.ceil(math.sqrt(len(images) * 1.6)))
+    root = math.sqrt(len(images))
+    columns = columns or min(range(math.ceil(root), math.ceil(1.5 * root) + 1), key=lambda n: -len(images) % n)  # as few empty places as can be
     font, gap, line = ImageFont.load_default(size=12), 10, 15
 
     def wrap(caption):
@@ -572,6 +587,19 @@ def pick_device(name):
     if not available.get(name):
         raise ValueError(f"--device {name}: " + ("torch sees none here; use --device auto" if name in available else "it must be auto, cpu, cuda or mps"))
     return torch.device(name)
+
+
+def make_folder(path, option):
+    """Make a folder for results, before the long work begins. Raises ValueError, naming the option, if nothing can be written there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(path, os.W_OK) else "no permission"
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{option}: {path} is not a folder") from None
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise ValueError(f"{option}: {path} cannot be written to ({reason})")
 
 
 def newest_checkpoint():
@@ -648,9 +676,9 @@ def main(argv=None):
     parser.add_argument("--gif", action="store_true", help="also write the denoising as film.gif")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise ValueError(f"--out {args.out}: is not a folder")
     ckpt = args.ckpt or newest_checkpoint()
+    if not args.export:
+        make_folder(args.out, "--out")
     texts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     trained = load(ckpt, pick_device(args.device))
     if args.export:
@@ -669,44 +697,53 @@ def main(argv=None):
         args.steps = trained.model.config.n_patches
     of_run = ["steps", "sampler", "guidance_scale"] + ["code_temperature", "code_top_p"] * discrete
     settings = {name: trained.config[name] if getattr(args, name) is None else getattr(args, name) for name in of_run}
-    settings |= {name: getattr(args, name) for name in ("eta", "temperature", "top_k", "top_p")}
-    max_images = (0 if image and not texts else 1) if args.max_images is None else args.max_images
+    settings |= {name: getattr(args, name) for name in ("eta", "top_k", "top_p")}
+    settings["temperature"] = (0.0 if texts or image else 1.0) if args.temperature is None else args.temperature
+    settings["max_images"] = max_images = (0 if image and not texts else 1) if args.max_images is None else args.max_images
+    settings["max_tokens"] = 0 if drawing and max_images == 1 else args.max_tokens
     terminal = Terminal(settings["steps"], args.gif, " ".join(["0:", *texts, ""]) if len(documents) == 1 else None)
     results = generate(
-        trained, documents, seeds, **settings, draw=drawing, max_tokens=0 if drawing and max_images < 2 else args.max_tokens,
-        max_images=max_images, max_batch=args.max_batch, on_text=terminal.on_text, on_step=terminal.on_step,
-    )  # fmt: skip
+        trained, documents, seeds, **settings, draw=drawing, max_batch=args.max_batch, on_text=terminal.on_text, on_step=terminal.on_step
+    )
     if terminal.bar:
         terminal.bar.close()
+    settings |= {"free": args.free} | ({"image": Path(args.image).name} if args.image else {})
     notes = ", ".join(f"{name} {value}" for name, value in settings.items())
     show(trained, results, documents, Path(args.out), terminal, [f"checkpoint {ckpt}, seed {seed}, {notes}" for seed in seeds])
 
 
 def show(trained, results, documents, out, terminal, settings):
-    """Print the documents' text, and write their pictures and what gathers them to the folder `out`."""
+    """Print the documents' text, and write their pictures and what gathers them to the folder `out`. A picture's PNG holds the
+    prompt, the whole document's text and the settings. What an earlier run left there and this one does not write is named."""
     pictures, captions = [], []
+    before = {path.name for path in out.iterdir() if re.fullmatch(r"\d{3,}(_\d+)?\.png|sheet\.png|film\.gif|page\.html", path.name)}
     for n, (document, prompt) in enumerate(zip(results, documents)):
         text = " ".join(part.strip() for part in document if isinstance(part, str)) or "(no text)"
         new = captioned(document)[len(captioned(prompt)) :]
         paths = [out / (f"{n:03d}_{k}.png" if k else f"{n:03d}.png") for k in range(len(new))]
         print(("" if terminal.prefix == "" else f"{n}: {text}") + "".join(f"  [{path}]" for path in paths))
         for (picture, caption), path in zip(new, paths):
-            out.mkdir(parents=True, exist_ok=True)
             notes = PngInfo()
-            notes.add_text("prompt", text)
-            notes.add_text("settings", settings[n])
+            for key, value in (("prompt", " ".join(part for part in prompt if isinstance(part, str))), ("text", text), ("settings", settings[n])):
+                notes.add_text(key, value)
             picture.save(path, pnginfo=notes)
+            before.discard(path.name)
             pictures.append(picture)
             captions.append(caption or text)
     if len(pictures) > 1:
         contact_sheet(pictures, captions).save(out / "sheet.png")
+        before.discard("sheet.png")
         print(f"all of them: {out / 'sheet.png'}")
     if pictures and terminal.keep:
         save_film(out / "film.gif", [film for n in sorted(terminal.films) for film in terminal.films[n]], captions, trained)
+        before.discard("film.gif")
         print(f"how they came about: {out / 'film.gif'}")
-    if pictures and any(len(document) - len(prompt) > 1 for document, prompt in zip(results, documents)):
+    if pictures and any(len(document) > 2 or len(document) - len(prompt) > 1 for document, prompt in zip(results, documents)):
         (out / "page.html").write_text(html_page(results, [len(prompt) for prompt in documents]), encoding="utf-8")
+        before.discard("page.html")
         print(f"text and pictures in their order: {out / 'page.html'}")
+    if before:
+        print(f"{out} still has {len(before)} files of an earlier run: {', '.join(sorted(before)[:5])}{', ...' * (len(before) > 5)}")
 
 
 if __name__ == "__main__":

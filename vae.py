@@ -508,35 +508,52 @@ def read_json(path):
     return found
 
 
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+               "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+
+
 def read_safetensors(path, keep=lambda name: True):
-    """The tensors of a .safetensors file whose names pass `keep`, on the CPU -> dict. Raises ValueError, naming the file."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ValueError(f"{path}: to read it, pip install safetensors") from None
+    """The tensors of a .safetensors file whose names pass `keep`, on the CPU -> dict. The format: the header's length (8 bytes), the
+    header (JSON: each tensor's type, shape, and place after the header), the tensors' bytes. Raises ValueError, naming the file."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
+    found = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if keep(name)}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: is not a safetensors file, or is truncated ({error})") from None
+        with open(path, "rb") as file:
+            left = Path(path).stat().st_size - 8
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size) if size <= left else "")
+            for name, about in header.items():
+                if name != "__metadata__" and keep(name):
+                    start, end = about["data_offsets"]
+                    if not 0 <= start <= end <= left - size:
+                        raise ValueError(f"{name} lies beyond its end")
+                    file.seek(8 + size + start)
+                    content = torch.empty(end - start, dtype=torch.uint8)
+                    file.readinto(content.numpy())
+                    found[name] = content.view(SAFETENSORS[about["dtype"]]).reshape(about["shape"])
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
+        raise ValueError(f"{path}: is not a safetensors file, or is truncated ({' '.join(str(error).split())[:100]})") from None
+    return found
 
 
 def write_safetensors(path, tensors):
     """The inverse, with the folder if need be; like save_checkpoint, the new file or the old one, never half of one. Raises
-    OSError if it cannot be written, ValueError without the package."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ValueError(f"{path}: to write it, pip install safetensors") from None
-    path, partial = Path(path), Path(f"{path}.partial")
+    OSError if it cannot be written."""
+    path, partial, header, end = Path(path), Path(f"{path}.partial"), {"__metadata__": {"format": "pt"}}, 0
+    names, tensors = {dtype: name for name, dtype in SAFETENSORS.items()}, dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligned
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end := end + tensor.nbytes]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        with open(partial, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(f"{path}: could not be saved ({error})") from error
 
 
@@ -601,10 +618,16 @@ def from_latent_diffusion(state, path, settings=None):
         found = {re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up.{n_levels - 1 - int(m[1])}", name): value for name, value in found.items()}
     try:
         channels, latent_channels = len(found["encoder.conv_in.weight"]), found["decoder.conv_in.weight"].shape[1]
+        for width in (len(found[f"encoder.down.{i}.block.0.conv1.bias"]) for i in range(n_levels)):
+            if width % channels:
+                raise ValueError(f"{path}: has {width} channels at one resolution; they must be a multiple of {channels}, those of the first")
+        groups = settings.get("norm_num_groups", 32)
+        if type(groups) is not int or groups < 1:
+            raise ValueError(f"{path}: norm_num_groups is {groups!r} in the config.json beside it; it must be a whole number above 0")
         config = VAEConfig(
             channels=channels, channel_multiples=tuple(len(found[f"encoder.down.{i}.block.0.conv1.bias"]) // channels for i in range(n_levels)),
             n_res=len({name.split(".")[4] for name in found if name.startswith("encoder.down.0.block.")}), latent_channels=latent_channels,
-            mid_attention="encoder.mid.attn_1.q.weight" in found, quant_convs="quant_conv.weight" in found, norm_groups=settings.get("norm_num_groups", 32),
+            mid_attention="encoder.mid.attn_1.q.weight" in found, quant_convs="quant_conv.weight" in found, norm_groups=groups,
         )  # fmt: skip
         if settings.get("latent_channels", latent_channels) != latent_channels:
             raise ValueError(f"{path}: its latents have {latent_channels} channels, but {settings['latent_channels']} in the config.json beside it")

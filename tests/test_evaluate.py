@@ -308,6 +308,8 @@ def test_cider_knows_the_best_and_the_worst():
 
 def test_words_are_lower_case_without_punctuation():
     assert words("A man's dog, running -- fast!") == ["a", "man", "'s", "dog", "running", "fast"]
+    assert words("I'm sure they don't wear dogs' t-shirts") == ["i", "'m", "sure", "they", "do", "n't", "wear", "dogs", "t-shirts"]
+    assert words("3.5 'old' ones, 1,000 — the man’s.") == ["3.5", "old", "ones", "1,000", "the", "man", "'s"]
     assert words("Zwei Stühle; 3 cats") == ["zwei", "stühle", "3", "cats"] and words("...") == []
 
 
@@ -399,6 +401,21 @@ def test_script_says_at_once_that_a_text_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = run_here("evaluate.py", "--text", "none.txt")
     assert code == 1 and err == "error: --text none.txt: no such file\n"
+
+
+def test_the_folder_of_the_scores_is_made_and_a_file_is_none(tmp_path):
+    code, _, err = run_here("evaluate.py", tmp_path / "none.pt", "--json", tmp_path / "new" / "x.json")
+    assert code == 1 and "none.pt: no such checkpoint" in err and (tmp_path / "new").is_dir()
+    code, _, err = run_here("evaluate.py", tmp_path / "none.pt", "--json", tmp_path)
+    assert code == 1 and err == f"error: --json {tmp_path}: is a folder; name a file\n"
+
+
+def test_ctrl_c_ends_it_quietly(monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sample.load", stop)
+    assert run_here("evaluate.py", "out/none") == (130, "", "")
 
 
 # ---- Other people's networks ----------------------------------------------------------------------------------------

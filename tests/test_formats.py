@@ -14,6 +14,7 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -631,6 +632,18 @@ def test_text_is_cut_into_pieces_and_all_of_it_is_there(tmp_path):
     assert sorted(bytes(piece) for piece in train + held_out) == sorted(whole[i : i + 39] for i in range(0, len(whole), 39))
     twice = pieces(config, epochs=2)
     assert sorted(twice[: len(train)]) == sorted(twice[len(train) :]) and twice[: len(train)] != twice[len(train) :]
+
+
+def test_only_the_last_piece_of_a_text_ends_with_eos(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": letter * 100}) + "\n" for letter in "abcdefgh"))
+    config = text_config(tmp_path / "a.jsonl")
+    found = [(bytes(p), p) for split in ("train", "held_out") for p in pieces(config, split=split)]
+    assert sorted(text for text, _ in found) == sorted(letter * n for letter in (b"%c" % c for c in b"abcdefgh") for n in (39, 39, 22))
+    batch = data.collate([[[p]] for _, p in found], BYTES, 40, 0)
+    for (text, _), targets in zip(found, batch.targets):
+        assert targets[: len(text)].tolist() == list(text) and int(targets[len(text)]) == (data.NO_LOSS if len(text) == 39 else BYTES.eos)
+    documents = Documents(Scenes(), BYTES, replace(config, text_fraction=1.0), text=open_text(config, BYTES), n_patches=16)
+    assert any(isinstance(pickle.loads(pickle.dumps(documents))(i)[0], data.Cut) for i in range(5))
 
 
 def test_json_lines_and_folders(tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 import re
-import sys
+import struct
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -11,10 +11,9 @@ import torch
 from conftest import FIXTURES, drawn_weights
 from torch import nn
 
-import model as model_module
 from attention_mask import transfusion_mask
 from model import Transfusion, TransfusionConfig, freeze_text, load_llama
-from vae import VAE, VAEConfig, from_latent_diffusion, load_pretrained, load_vae, save_checkpoint, standardise
+from vae import VAE, VAEConfig, from_latent_diffusion, load_pretrained, load_vae, read_safetensors, save_checkpoint, standardise, write_safetensors
 
 VAES = ["stable diffusion", "without quant", "by channel", "latent diffusion"]
 LLAMAS = ["llama 2", "grouped, untied", "llama 3.1", "llama 3.2, tied"]
@@ -25,12 +24,6 @@ def fixture(file, kind):
     values = {name.split(": ")[-1]: value for name, value in np.load(FIXTURES / file).items() if ": " not in name or name.startswith(f"{kind}: ")}
     config, shapes = json.loads(str(values.pop("config"))), json.loads(str(values.pop("shapes")))
     return {name: torch.from_numpy(value) for name, value in values.items()}, config, drawn_weights(shapes, scale=2.0 if file == "llamas.npz" else 1.0)
-
-
-def write(path, weights):
-    """A .safetensors file; the test is skipped without the package."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pytest.importorskip("safetensors.torch", reason="pip install safetensors").save_file(weights, path)
 
 
 # ---- Autoencoders ---------------------------------------------------------------------------------------------------
@@ -68,7 +61,7 @@ def test_fixtures_could_fail():
 @pytest.mark.parametrize("kind", VAES)
 def test_a_folder_of_diffusers_is_read(kind, tmp_path):
     values, config, weights = fixture("vaes.npz", kind)
-    write(tmp_path / "sd" / "diffusion_pytorch_model.safetensors", {name: w.half() for name, w in weights.items()})  # half precision, as many are
+    write_safetensors(tmp_path / "sd" / "diffusion_pytorch_model.safetensors", {name: w.half() for name, w in weights.items()})  # half precision, as many are
     (tmp_path / "sd" / "config.json").write_text(json.dumps(config))
     vae = load_pretrained(tmp_path / "sd")
     assert vae.encoder[1].weight.dtype == torch.float32 and vae.latent_std[0] == pytest.approx(config["scaling_factor"] ** -1 * (config["latents_std"] or [1])[0])
@@ -87,7 +80,7 @@ def test_files_of_latent_diffusion_are_read(tmp_path):
         expect_vae(vae, values)
         assert not vae.latent_mean.any() and (vae.latent_std == 1).all()
     for name, state in (("whole.safetensors", weights | junk), ("bare.safetensors", bare)):
-        write(tmp_path / name, state)
+        write_safetensors(tmp_path / name, state)
         expect_vae(load_vae(tmp_path / name), values)
 
 
@@ -136,9 +129,11 @@ def without(weights, *parts):
     (lambda w, c: (w | {"decoder.conv_out.weight": torch.zeros(4, 32, 3, 3)}, c), r"decoder.conv_out.weight is of shape \(4, 32, 3, 3\), not \(3, 32, 3, 3\)"),
     (lambda w, c: (w, c | {"latent_channels": 16}), "4 channels, but 16 in the config.json"),
     (lambda w, c: (w, c | {"norm_num_groups": 7}), "norm_groups is 7"),
+    (lambda w, c: (w, c | {"norm_num_groups": "x"}), "norm_num_groups is 'x'"),
+    (lambda w, c: (w | {"encoder.down_blocks.1.resnets.0.conv1.bias": torch.zeros(16)}, c), "16 channels at one resolution.*multiple of 32"),
     (lambda w, c: (w, c | {"scaling_factor": "big"}), "scaling of the latents"),
     (lambda w, c: (w, c | {"latents_mean": [0.0, 1.0]}), "scaling of the latents"),
-], ids=["a layer is missing", "no decoder", "nothing", "attention elsewhere", "four colours", "other latents", "groups", "scaling", "means"])  # fmt: skip
+], ids=["a layer is missing", "no decoder", "nothing", "attention elsewhere", "four colours", "other latents", "groups", "odd groups", "narrower", "scaling", "means"])  # fmt: skip
 def test_what_is_no_such_vae_is_refused(change, message):
     _, config, weights = fixture("vaes.npz", "stable diffusion")
     with pytest.raises(ValueError, match=message) as error:
@@ -158,7 +153,7 @@ def test_what_is_no_such_vae_is_refused(change, message):
 ], ids=["no config", "half a config", "a list", "another class", "no weights", "text", "cut off"])  # fmt: skip
 def test_a_broken_folder_is_refused_by_name(broken, message, tmp_path):
     _, config, weights = fixture("vaes.npz", "stable diffusion")
-    write(tmp_path / "diffusion_pytorch_model.safetensors", weights)
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", weights)
     (tmp_path / "config.json").write_text(json.dumps(config))
     broken(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
@@ -166,11 +161,47 @@ def test_a_broken_folder_is_refused_by_name(broken, message, tmp_path):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)  # importing it raises ImportError
-    (tmp_path / "x.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="x.safetensors: .*pip install safetensors"):
-        load_vae(tmp_path / "x.safetensors")
+# ---- The file format ------------------------------------------------------------------------------------------------
+
+TENSORS = {"a": torch.arange(3, dtype=torch.uint8), "b.weight": torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), "scalar": torch.tensor(2.5), "none": torch.zeros(0, 4),
+           "half": torch.tensor([0.1]).half(), "bf": torch.tensor([[0.1, 3.0]]).bfloat16(), "n": torch.tensor([2**40]), "yes": torch.tensor([True, False]),
+           "turned": torch.arange(6.0).view(2, 3).T}  # fmt: skip
+
+
+def assert_equal(found, expected):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape and torch.equal(found[name], value), name
+
+
+def test_tensors_are_written_and_read(tmp_path):
+    write_safetensors(tmp_path / "deep" / "x.safetensors", TENSORS)
+    assert_equal(read_safetensors(tmp_path / "deep" / "x.safetensors"), TENSORS)
+    assert_equal(read_safetensors(tmp_path / "deep" / "x.safetensors", lambda name: name == "half"), {"half": TENSORS["half"]})
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.safetensors"]
+    header = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    (tmp_path / "y.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<2f", 1.5, -2.0))
+    assert_equal(read_safetensors(tmp_path / "y.safetensors"), {"x": torch.tensor([1.5, -2.0])})
+
+
+def test_the_package_reads_what_is_written_and_writes_what_is_read(tmp_path):
+    package = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+    write_safetensors(tmp_path / "ours", TENSORS)
+    assert_equal(package.load_file(tmp_path / "ours"), TENSORS)
+    package.save_file({name: value.contiguous() for name, value in TENSORS.items()}, tmp_path / "theirs", {"format": "pt"})
+    assert_equal(read_safetensors(tmp_path / "theirs"), TENSORS)
+
+
+@pytest.mark.parametrize("header, size", [
+    ("{", None), ("[]", None), ('{"x": 3}', None), ('{"x": {"dtype": "F32", "shape": [2]}}', None), ('{"x": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}', None),
+    ('{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', None), ('{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 12]}}', None),
+    ('{"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}', None), ("{}", 2**62), ("[" * 100_000, None),
+])  # fmt: skip
+def test_broken_files_are_refused_by_name(header, size, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", size or len(header)) + header.encode() + bytes(8))
+    with pytest.raises(ValueError, match="x.safetensors: is not a safetensors file, or is truncated") as error:
+        read_safetensors(tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
 
 
 # ---- Llama ----------------------------------------------------------------------------------------------------------
@@ -186,7 +217,7 @@ def llama_folder(path, kind, shards=1, **change):
     names = [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)] if shards > 1 else ["model.safetensors"]
     where = {name: names[n % shards] for n, name in enumerate(sorted(weights))}
     for file in names:
-        write(path / file, {name: w for name, w in weights.items() if where[name] == file})
+        write_safetensors(path / file, {name: w for name, w in weights.items() if where[name] == file})
     if shards > 1:
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return values
@@ -200,16 +231,10 @@ def text_logits(model, tokens):
         return model(tokens, image_id, positions, transfusion_mask(image_id), images, torch.zeros(0, dtype=torch.long))[0]
 
 
-@pytest.mark.parametrize("shards", [0, 1, 3])
+@pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("kind", LLAMAS)
-def test_text_logits_equal_transformers(kind, shards, tmp_path, monkeypatch):
-    """From files; and, with no shards, from memory, which needs no package to read files with."""
-    if shards:
-        values = llama_folder(tmp_path, kind, shards)
-    else:
-        values, config, weights = fixture("llamas.npz", kind)
-        (tmp_path / "config.json").write_text(json.dumps(config)), (tmp_path / "model.safetensors").touch()
-        monkeypatch.setattr(model_module, "read_safetensors", lambda file: weights)
+def test_text_logits_equal_transformers(kind, shards, tmp_path):
+    values = llama_folder(tmp_path, kind, shards)
     model = load_llama(tmp_path, PATCHES, new_tokens=5)
     logits = text_logits(model, values["tokens"])
     assert logits.shape[-1] == 24 + 5 and model.config.latent_channels == 3 and values["logits"].std() > 0.5
@@ -233,7 +258,7 @@ def test_config_of_older_transformers(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.testing.assert_close(text_logits(load_llama(tmp_path, PATCHES), values["tokens"]), values["logits"], rtol=0, atol=1e-4)
     _, _, weights = fixture("llamas.npz", "llama 3.1")
-    write(tmp_path / "model.safetensors", {name: w.bfloat16() for name, w in weights.items()} | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
+    write_safetensors(tmp_path / "model.safetensors", {name: w.bfloat16() for name, w in weights.items()} | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
     model = load_llama(tmp_path, PATCHES)
     assert model.head.weight.dtype == torch.float32
     assert (text_logits(model, values["tokens"]) - values["logits"]).norm() < 0.05 * values["logits"].norm()
@@ -291,7 +316,7 @@ def cut(folder):
 def forget(folder):
     """One weight is in none of the shards."""
     _, _, weights = fixture("llamas.npz", "llama 3.1")
-    write(folder / "model-00003-of-00003.safetensors", {"model.norm.weight": weights["model.norm.weight"]})
+    write_safetensors(folder / "model-00003-of-00003.safetensors", {"model.norm.weight": weights["model.norm.weight"]})
 
 
 @pytest.mark.parametrize("broken, message", [
@@ -316,6 +341,14 @@ def forget(folder):
     (edit(num_hidden_layers=3), "9 weights are missing"),
     (edit(head_dim=16), "head_dim is 16"),
     (edit(num_key_value_heads=3), "n_kv_heads is 3"),
+    (edit(num_key_value_heads="two"), "'two' as the model's n_kv_heads"),
+    (edit(num_key_value_heads=-2), "-2 as the model's n_kv_heads"),
+    (edit(hidden_size=True), "True as the model's dim"),
+    (edit(rope_parameters="x"), "rope_parameters is 'x'"),
+    (edit(rope_parameters={"rope_theta": "x"}), "'x' as the model's rope_theta"),
+    (edit(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": "x", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 64}),
+     "'x' as the model's rope_scaling"),
+    (edit(rms_norm_eps="a"), "'a' as the model's norm_eps"),
 ])  # fmt: skip
 def test_a_broken_llama_folder_is_refused(broken, message, tmp_path):
     llama_folder(tmp_path, "llama 3.1", shards=3)

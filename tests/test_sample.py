@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import os
 import re
 import shutil
@@ -390,11 +391,23 @@ def test_a_document_ends_where_the_trained_sequences_do(talker):
     assert all(39 <= n <= 42 for n in lengths) and any(not isinstance(i, int) for row in rows for i in row)  # the last token is not run, nor a last <EOI>
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(max_batch=0), dict(sampler="euler"),
-                                   dict(eta=2.0), dict(steps=0)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("wrong", [
+    dict(temperature=-1.0), dict(temperature=math.inf), dict(temperature=math.nan), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(max_batch=0),
+    dict(sampler="euler"), dict(eta=2.0), dict(eta=math.nan), dict(steps=0), dict(guidance_scale=math.nan), dict(guidance_scale=math.inf), dict(max_tokens=-1),
+    dict(max_images=-1), dict(max_images=0), dict(seeds=[]), dict(seeds=[1, 2]),
+], ids=str)  # fmt: skip
 def test_options_out_of_range_are_refused(talker, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)) if "steps" not in wrong else "between 1 and 1000"):
         generate(tiny_trained(talker), [["a"]], **wrong)
+
+
+@pytest.mark.parametrize("documents, message", [
+    ("a red dot", "lists of strings and PIL images in a list"), (["a red dot"], "lists of strings"), ([("a red dot",)], "lists of strings"), (None, "lists of strings"),
+    ([[np.zeros((8, 8, 3), np.uint8), "make it blue"]], "here has a ndarray; of an array, Image.fromarray"), ([[None]], "here has a NoneType"),
+], ids=str)  # fmt: skip
+def test_documents_of_another_kind_are_refused(talker, documents, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_trained(talker), documents)
 
 
 def test_a_character_is_reported_whole():
@@ -462,6 +475,12 @@ def test_one_document_overfits_in_both_directions():
 # ---- What people see ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("n, shape", [(1, (1, 1)), (2, (2, 1)), (3, (3, 1)), (4, (2, 2)), (5, (3, 2)), (8, (4, 2)), (12, (4, 3))])
+def test_contact_sheet_leaves_few_places_empty(n, shape):
+    sheet = contact_sheet([Image.new("RGB", (32, 32))] * n, ["a"] * n)
+    assert ((sheet.width - 10) // 138, (sheet.height - 10) // (128 + 6 + 15 + 10)) == shape
+
+
 @pytest.mark.parametrize("n, columns", [(1, None), (5, None), (12, 6), (7, 3)])
 def test_contact_sheet_shows_every_picture(n, columns):
     """Each picture's own colour is on the sheet, once."""
@@ -519,7 +538,9 @@ def test_prompts_from_a_file_and_from_the_line_become_pictures(checkpoint, tmp_p
                                 "--steps", 4, "--guidance_scale", 2)  # fmt: skip
     assert files == ["000.png", "001.png", "002.png", "sheet.png"]
     notes = Image.open(tmp_path / "a" / "002.png").info
-    assert notes["prompt"] == "two dots: été 東" and all(word in notes["settings"] for word in ("seed 5", "sampler dpm++", "steps 4", "guidance_scale 2.0", str(checkpoint)))
+    assert notes["prompt"] == notes["text"] == "two dots: été 東" and str(checkpoint) in notes["settings"]
+    for word in ("seed 5", "sampler dpm++", "steps 4", "guidance_scale 2.0", "temperature 0.0", "max_tokens 0", "max_images 1", "free False"):
+        assert word in notes["settings"]
     run_sample(checkpoint, tmp_path / "b", "--prompt", "two dots: été 東", "--num", 1, "--seed", 5, "--sampler", "dpm++", "--steps", 4, "--guidance_scale", 2)
     a, b = (np.array(Image.open(tmp_path / f), int) for f in ("a/002.png", "b/000.png"))
     assert abs(a - b).max() <= 1  # what stands in the notes draws it again
@@ -531,7 +552,8 @@ def test_an_instruction_after_a_picture(checkpoint, tmp_path, monkeypatch):
     seen, original = [], Tokenizer.encode
     monkeypatch.setattr("data.collate", lambda rows, *args: seen.append(rows) or collate(rows, *args))
     printed, files = run_sample(checkpoint, tmp_path / "out", "--image", tmp_path / "x.png", "--prompt", "make it blue", "--num", 1)
-    assert files == ["000.png"]
+    assert files == ["000.png", "page.html"] and (tmp_path / "out/page.html").read_text().count("<img") == 2
+    assert "image x.png" in Image.open(tmp_path / "out/000.png").info["settings"]
     (prompt,) = seen[0][0]
     assert [type(part).__name__ for part in prompt] == ["Picture", "list", "list"] and prompt[1:] == [original(T, "make it blue"), [T.boi]]
 
@@ -544,6 +566,29 @@ def test_left_alone_it_shows_something(checkpoint, tmp_path):
     assert (tmp_path / "a/page.html").read_text() == (tmp_path / "b/page.html").read_text() and printed.replace("/a/", "/b/") == found[1][0]
     with Image.open(tmp_path / "a/film.gif") as film, Image.open(tmp_path / "a/sheet.png") as sheet:
         assert film.n_frames == 4 and film.size == sheet.size  # noise, and three steps
+
+
+def test_the_notes_tell_the_prompt_from_what_the_model_wrote(checkpoint, tmp_path):
+    run_sample(checkpoint, tmp_path, "--max_images", 1, "--seed", 1)
+    notes = [Image.open(path).info for path in tmp_path.glob("0*.png")]
+    assert all(found["prompt"] == "" and "temperature 1.0" in found["settings"] for found in notes) and any(re.match("[a-h]", found["text"]) for found in notes)
+
+
+def test_what_an_earlier_run_left_is_named(checkpoint, tmp_path):
+    (tmp_path / "001.jpg").touch()
+    assert "earlier run" not in run_sample(checkpoint, tmp_path, "--prompt", "a dot", "--num", 2)[0]
+    printed, files = run_sample(checkpoint, tmp_path, "--prompt", "a cat", "--num", 1)
+    assert "still has 2 files of an earlier run: 001.png, sheet.png\n" in printed and files == ["000.png", "001.jpg", "001.png", "sheet.png"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(checkpoint, tmp_path, place, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vae.load_checkpoint", lambda *_: 1 / 0)
+    for script, option, path in (("sample.py", "--out", place), ("evaluate.py", "--json", f"{place}/x.json")):
+        code, _, err = run_here(script, *(["--ckpt"] * (script == "sample.py")), checkpoint, option, path)
+        assert code == 1 and re.fullmatch(f"error: {option}.*: {place} (is not a folder|cannot be written to \\(.*\\))\n", err), err
 
 
 def test_text_streams(checkpoint, tmp_path):

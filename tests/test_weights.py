@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, flags, run_here, tiny_model
 from PIL import Image
-from test_pretrained import fixture, llama_folder, write
+from test_pretrained import fixture, llama_folder
 
 import vae as vae_module
 from data import DataConfig, Tokenizer
@@ -33,7 +33,6 @@ def trained():
 
 @pytest.mark.parametrize("of_tokenizer", ["merges", "json"])
 def test_what_is_exported_is_read_back(of_tokenizer, trained, tmp_path):
-    pytest.importorskip("safetensors", reason="pip install safetensors")
     if of_tokenizer == "json":
         tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
         from data import JSONTokenizer
@@ -67,7 +66,6 @@ def test_what_is_exported_is_read_back(of_tokenizer, trained, tmp_path):
     (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "model.safetensors: .*truncated"),
 ])  # fmt: skip
 def test_a_broken_export_is_refused(broken, message, trained, tmp_path):
-    pytest.importorskip("safetensors", reason="pip install safetensors")
     export(trained, tmp_path)
     broken(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
@@ -76,7 +74,6 @@ def test_a_broken_export_is_refused(broken, message, trained, tmp_path):
 
 
 def test_where_nothing_can_be_written_it_says_so(tmp_path):
-    pytest.importorskip("safetensors", reason="pip install safetensors")
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="x.safetensors: could not be saved"):
         write_safetensors(tmp_path / "file" / "x.safetensors", {})
@@ -87,7 +84,6 @@ def test_where_nothing_can_be_written_it_says_so(tmp_path):
 
 
 def test_script_exports(small_run, tmp_path):
-    pytest.importorskip("safetensors", reason="pip install safetensors")
     checkpoint = small_run[0] / "out/small/checkpoint.pt"
     code, out, err = run_here("sample.py", "--ckpt", checkpoint, "--export", tmp_path / "model", "--device", "cpu")
     assert code == 0 and "vae.safetensors" in out, err
@@ -118,7 +114,7 @@ def byte_llama(path, **change):
     weights |= {name: 0.3 * torch.randn(256, 32, generator=draw) for name in ("model.embed_tokens.weight", "lm_head.weight")}
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config | {"vocab_size": 256} | change))
-    write(path / "model.safetensors", weights)
+    write_safetensors(path / "model.safetensors", weights)
     return weights
 
 
@@ -185,7 +181,6 @@ def test_training_starts_from_our_own(small_run, tmp_path):
     (dict(vae="broken.safetensors"), "broken.safetensors: is not a safetensors file"),
 ])  # fmt: skip
 def test_what_cannot_be_started_from_is_refused(options, message, small_run, tmp_path):
-    pytest.importorskip("safetensors", reason="pip install safetensors")
     llama_folder(tmp_path / "llama", "llama 3.1")
     llama_folder(tmp_path / "shardless", "llama 3.1")
     (tmp_path / "shardless/model.safetensors").unlink()
