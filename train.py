@@ -119,8 +119,18 @@ class Config:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         for name in ("rows", "max_steps", "lr", "warmup", "clip", "log_every", "eval_every", "eval_documents", "steps", "judged"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("seed", "micro_rows", "shard", "min_lr", "weight_decay", "lambda_ddpm", "z_loss", "code_temperature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above")
+        for name in ("ema", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not 0 < self.code_top_p <= 1:
+            raise ValueError(f"code_top_p is {self.code_top_p}; it must be above 0, and at most 1")
+        if self.shard and not self.fsdp:
+            raise ValueError(f"shard is {self.shard}, but every process keeps a copy of the weights; give --fsdp too, or leave it out")
 
 
 # A preset names what differs from the defaults, and the defaults are the paper's: the five sizes are nothing but sizes.
@@ -332,13 +342,14 @@ def mean_context(batch, n_patches):
     return float((batch.positions + 1).float().mean() + (batch.image_id >= 0).float().mean() * (n_patches - 1) / 2)
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from NVIDIA's data sheets
+# Dense bfloat16, from NVIDIA's data sheets, by a part of the device's name.
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12}
 
 
 def peak_flops(device):
-    """The FLOP/s that MFU is measured against, or None if there is no figure for this device."""
+    """The FLOP/s that a bfloat16 run's MFU is measured against, or None if there is no figure for this device, or it is a slice of one (MIG)."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name and "MIG" not in name), None)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -486,8 +497,10 @@ class Run:
         self.rank, self.ranks, self.device = join(config.device)
         self.checkpoint = self.out / "checkpoint.pt"
         if config.rows % (self.ranks * (config.micro_rows or 1)):
-            raise ValueError(f"rows is {config.rows}; it must be a multiple of the {self.ranks} processes times micro_rows, {config.micro_rows or 1}")
+            raise ValueError(f"rows is {config.rows}; it must be a multiple of the {self.ranks} processes" + (f" times micro_rows, {config.micro_rows}" if config.micro_rows else ""))
         self.mask = mask_for(config, self.device)
+        if config.attention == "auto" and self.device.type == "cuda" and compiles(config, self.device) and config.data.seq_len % 128:
+            self.say(f"attention is SDPA with a dense mask, which is slower: FlexAttention wants a --seq_len that is a multiple of 128, not {config.data.seq_len}")
         if config.wandb:
             import_wandb()  # if it is missing, say so now
         if self.device.type == "cuda":
@@ -763,9 +776,9 @@ def train(config, resume=False):
     """The whole recipe -> the finished Run."""
     began = time.time()
     run = Run(config, resume)
-    parameters, peak = sum(p.numel() for p in run.model.parameters()), peak_flops(run.device)
+    parameters, peak = sum(p.numel() for p in run.model.parameters()), peak_flops(run.device) if in_bf16(config, run.device) else None
     where = f"{run.ranks} x {run.device.type}" if run.ranks > 1 else str(run.device)
-    run.say(f"2. the transformer ({parameters / 1e6:.2f} M parameters, {config.max_steps:,} steps, on {where})" + (f"; MFU is of {peak / 1e12:.0f} TFLOP/s" if peak else ""))
+    run.say(f"2. the transformer ({parameters / 1e6:.2f} M parameters, {config.max_steps:,} steps, on {where})" + (f"; MFU is of {peak / 1e12:.0f} TFLOP/s, dense bf16" if peak else ""))
     steps, seconds, flops = 0, 0.0, 0.0  # since the last line of the log
     with Interrupt() as interrupt, tqdm(desc="train", initial=run.step, total=config.max_steps, mininterval=1, disable=run.rank > 0) as bar:
         while run.step < config.max_steps:
@@ -806,12 +819,16 @@ def train(config, resume=False):
 
 def report_errors(work):
     """Run `work()`; turn what a person can mend into one sentence and a non-zero exit code, and Ctrl-C into 130."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         work()
     except KeyboardInterrupt:
-        print("\nstopped. Training that had begun was saved: the same command with --resume goes on from there", file=sys.stderr)
+        if first:
+            print("\nstopped. Training that had begun was saved: the same command with --resume goes on from there", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
+        if not first:
+            time.sleep(5)  # what all processes find wrong, the first says, and torchrun then ends the others
         sys.exit(f"error: {error}")
 
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY, flags
 
+import train
 from train import Run, parse
 from vae import load_checkpoint
 
@@ -172,6 +174,9 @@ def test_two_nodes_of_one_process_each(trained_vae, tmp_path):
     assert load_checkpoint(tmp_path / "out/checkpoint.pt")["step"] == 4
 
 
-def test_rows_that_the_processes_cannot_share(trained_vae, tmp_path):
+def test_rows_that_the_processes_cannot_share(trained_vae, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="multiple of the 1 processes times micro_rows, 3"):
         Run(*parse(options(tmp_path / "out", trained_vae, micro_rows=3)))
+    monkeypatch.setattr(train, "join", lambda name: (0, 3, torch.device("cpu")))
+    with pytest.raises(ValueError, match="multiple of the 3 processes$"):
+        Run(*parse(options(tmp_path / "out", trained_vae)))

@@ -339,13 +339,42 @@ def complaint(script, *args):
     (["--grammar", "haiku"], "places, relations, rich"), (["--t_draw", "normal"], "uniform, logit_normal"), (["--drop_caption", "2"], "between 0 and 1"),
     (["--attention", "flex"], "needs CUDA"), (["--fsdp"], "muon"), (["--optimizer", "sgd"], "adamw, muon"), (["--compile", "maybe"], "auto, on, off"),
     (["--rows", "0"], "rows"), (["--lr", "-1"], "lr"), (["--steps", "0"], "steps"), (["--dim", "50", "--n_heads", "3"], "multiple of 6"),
-    (["--judged", "0"], "judged"), (["--patch_encoder", "conv"], "linear or unet"), (["--patch_encoder", "unet", "--unet_channels", "100"], "multiple of"),
+    (["--judged", "0"], "judged"), (["--micro_rows", "-1"], "micro_rows is -1"), (["--ema", "1"], "ema is 1.0"), (["--ema", "nan"], "below 1"), (["--shard", "2"], "--fsdp"),
+    (["--lambda_ddpm", "-5"], "lambda_ddpm is -5"), (["--lambda_ddpm", "inf"], "lambda_ddpm"), (["--lr", "inf"], "lr is inf"), (["--seed", "-1"], "seed is -1"),
+    (["--beta2", "1"], "beta2"), (["--code_top_p", "0"], "code_top_p"), (["--patch_encoder", "conv"], "linear or unet"), (["--patch_encoder", "unet", "--unet_channels", "100"], "multiple of"),
 ], ids=lambda value: value if isinstance(value, str) else " ".join(value))  # fmt: skip
 def test_wrong_options_of_train(args, expected, tmp_path):
     config = [] if "--config" in args else ["--config", "small"]
     message = complaint("train.py", *config, *args, *([] if "--out" in args else ["--out", tmp_path / "out", "--vae", tmp_path / "none.pt"]))
     assert expected in message and "none.pt" not in message  # refused for what is wrong, before anything is made
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GeForce RTX 4090", None),
+])  # fmt: skip
+def test_the_peak_is_of_the_very_device(name, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert recipe.peak_flops(torch.device("cuda")) == expected
+
+
+def test_one_process_speaks_for_all(monkeypatch, capsys):
+    """Under torchrun: of an interrupt only the first process of a node; of an error, another one only if it is still there a while later."""
+    slept = []
+    monkeypatch.setattr(recipe, "time", SimpleNamespace(sleep=slept.append))
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit):
+            report_errors(interrupted)
+        assert capsys.readouterr().err.count("stopped") == lines
+        with pytest.raises(SystemExit, match="error: "):
+            report_errors(lambda: Config(lr=-1))
+        assert len(slept) == int(rank)
 
 
 @pytest.mark.parametrize("script, args, expected", [
