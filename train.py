@@ -187,6 +187,9 @@ PRESETS = {
     ),
 }  # fmt: skip
 PARTS = {"model": TransfusionConfig, "data": DataConfig, "diffusion": DiffusionConfig, "autoencoder": VAEConfig}
+# Of --resume: what may not change besides model, data and diffusion, and what may without a word, for it changes no result.
+SETTLED = ("seed", "rows", "optimizer", "freeze_text")
+UNHEEDED = {"out", "device", "vae", "init_from", "micro_rows", "compile", "attention", "checkpoint_activations", "fsdp", "shard", "log_every", "wandb", "workers", "cache", "max_broken"}
 DERIVED = {"vocab_size", "latent_channels", "latent_size"}  # of the model: they follow from the tokenizer and the VAE
 
 
@@ -510,7 +513,7 @@ class Run:
             (self.out / "log.jsonl").open("a").close()
         except OSError as error:
             raise ValueError(f"--out {self.out}: cannot be written to ({error.strerror})") from None
-        state = load_checkpoint(self.checkpoint) if resume and self.checkpoint.exists() else None
+        state = load_checkpoint(self.checkpoint) if resume and self._exists(self.checkpoint) else None
         if resume and not state and not (self.out / "vae.pt").exists():
             self.say(f"--resume: nothing is saved in {self.out} yet; starting from the beginning")
         if state and not {"optimizer", "tokenizer", "stream"} <= set(state):
@@ -560,8 +563,20 @@ class Run:
         self.step = 0
         if state:
             self._restore(state)
-        self.log_file = (self.out / "log.jsonl").open("a" if state else "w") if self.rank == 0 else None  # only now that nothing can be wrong with the options
-        self.wandb = import_wandb().init(project=config.wandb, config=asdict(config), dir=self.out) if config.wandb and self.rank == 0 else None
+        self.log_file = self.wandb = None
+        if self.rank == 0:  # only now that nothing can be wrong with the options
+            self.log_file = (self.out / "log.jsonl").open("a" if state else "w")
+            if state:
+                self.log_file.truncate(min(self.log_file.tell(), state.get("log", math.inf)))  # a killed run may have logged steps after its checkpoint
+            if config.wandb:
+                self.wandb = import_wandb().init(project=config.wandb, config=asdict(config), dir=self.out, id=state and state.get("wandb"), resume="allow")
+
+    def _exists(self, path):
+        """Is there such a file? Raises ValueError if some processes see it and others do not."""
+        seen = total([path.exists()], self.device)[0]
+        if 0 < seen < self.ranks:
+            raise ValueError(f"{path}: {seen:.0f} of the {self.ranks} processes can see it; --out must be a folder that all nodes share")
+        return seen > 0
 
     def say(self, text):
         """Print, once for all processes, and without cutting a progress bar in two."""
@@ -574,6 +589,8 @@ class Run:
             prepare_vae(self.config, self.device, resume)
         if self.ranks > 1:
             dist.barrier()
+            if not self.config.vae:
+                self._exists(self.out / "vae.pt")
         return prepare_vae(self.config, self.device, resume or self.ranks > 1)
 
     def _loader(self, split, rows, workers=0, batch_rows=0):
@@ -742,7 +759,8 @@ class Run:
             self.log_file.write(json.dumps({"step": self.step, **values}) + "\n")
             self.log_file.flush()
             if self.wandb:
-                self.wandb.log(values, step=self.step)
+                quarters = {f"val_ddpm_q{n}": value for n, value in enumerate(values.get("val_ddpm_by_t", []), 1)}
+                self.wandb.log({name: value for name, value in values.items() if name != "val_ddpm_by_t"} | quarters, step=self.step)
 
     def save(self):
         """Write the checkpoint: everything that going on, on any number of processes, sampling and evaluating need."""
@@ -755,14 +773,19 @@ class Run:
             save_checkpoint(self.checkpoint, {
                 "config": asdict(self.config), "step": self.step, "stream": {row: at for stream in streams for row, at in stream.items()},
                 "tokenizer": self.tokenizer.state(), "vae_config": asdict(self.vae.config), "vae": self.vae.state_dict(), **weights,
+                "log": self.log_file.tell(), "wandb": self.wandb and self.wandb.id,  # where the log ends, and under which name the other is
             })  # fmt: skip
 
     def _restore(self, state):
-        before = build(state["config"])
-        for name, value in (asdict(self.config.model) | dict(rows=self.config.rows)).items():
-            was = before.rows if name == "rows" else getattr(before.model, name)
-            if was != value:
-                raise ValueError(f"{self.checkpoint}: was trained with {name} {was}, not {value}; give the options that it was started with")
+        before, now = asdict(build(state["config"])), asdict(self.config)
+        for part in ("model", "data", "diffusion", "own"):
+            was, value = (({name: c[name] for name in SETTLED} if part == "own" else c[part]) for c in (before, now))
+            wrong = [name for name in was if was[name] != value[name] and name not in UNHEEDED]
+            if wrong:
+                raise ValueError(f"{self.checkpoint}: was trained with {wrong[0]} {was[wrong[0]]}, not {value[wrong[0]]}; give the options that it was started with")
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before[name] and name not in {*PARTS, *UNHEEDED}]
+        if changed:
+            self.say(f"--resume: changed from here on: {', '.join(changed)}")
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, state["ema"], options=options)
         self.average = Average(self.model)

@@ -255,12 +255,30 @@ def test_wandb_gets_what_the_log_gets(trained_vae, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install wandb"):
         Run(config_of(tmp_path / "a", vae=trained_vae, wandb="project"))
     seen, started = [], {}
-    logger = SimpleNamespace(log=lambda values, step: seen.append((step, values)))
+    logger = SimpleNamespace(id="x1", log=lambda values, step: seen.append((step, values)))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: started.update(options) or logger))
     run = Run(config_of(tmp_path / "b", vae=trained_vae, wandb="project"))
     run.log(run.train_step())
     line = json.loads((tmp_path / "b/log.jsonl").read_text())
     assert started["project"] == "project" and started["config"]["lr"] == run.config.lr and [(line.pop("step"), line)] == seen
+    run.log(run.validate())
+    assert {"val_lm", "val_ddpm", "val_ddpm_q1", "val_ddpm_q4"} <= seen[-1][1].keys() and all(isinstance(v, float) for v in seen[-1][1].values() if v is not None)
+    run.save()
+    Run(run.config, resume=True)
+    assert started["id"] == "x1" and started["resume"] == "allow"  # it goes on in the same run
+
+
+def test_a_killed_run_leaves_no_lines_that_are_logged_again(trained_vae, tmp_path):
+    run = Run(config_of(tmp_path, vae=trained_vae))
+    for n in range(3):
+        run.log(run.train_step())
+        if n == 1:
+            run.save()
+    run.log_file.write('{"step": 4, "l')  # killed
+    run.log_file.flush()
+    again = Run(run.config, resume=True)
+    again.log(again.train_step())
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
 # ---- The recipe -----------------------------------------------------------------------------------------------------
@@ -440,10 +458,21 @@ def test_resuming_from_a_bad_checkpoint(kind, small_run, tmp_path):
     assert "checkpoint.pt: " in message
 
 
-def test_resuming_with_other_sizes(trained_vae, tmp_path):
+@pytest.mark.parametrize("change, expected", [
+    (dict(dim=64), "dim 32, not 64"), (dict(seed=1), "seed 0, not 1"), (dict(caption_first=0.5), "caption_first 0.3, not 0.5"), (dict(t_mean=0), "t_mean 0.7, not 0.0"),
+    (dict(optimizer="adamw"), "optimizer muon, not adamw"), (dict(rows=4), "rows 2, not 4"),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_resuming_with_another_recipe(change, expected, trained_vae, tmp_path):
     Run(config_of(tmp_path, vae=trained_vae)).save()
-    message = complaint("train.py", *flags(**TINY | dict(dim=64), out=tmp_path, vae=trained_vae), "--resume")
-    assert "checkpoint.pt: " in message and "dim 32" in message and "64" in message
+    message = complaint("train.py", *flags(**TINY | change, out=tmp_path, vae=trained_vae), "--resume")
+    assert "checkpoint.pt: " in message and expected in message
+
+
+def test_resuming_tells_what_else_has_changed(trained_vae, tmp_path, capsys):
+    Run(config_of(tmp_path, vae=trained_vae)).save()
+    capsys.readouterr()
+    Run(config_of(tmp_path, vae=trained_vae, max_steps=9, lr=1e-3, workers=1, micro_rows=1, log_every=1), resume=True)
+    assert capsys.readouterr().out == "--resume: changed from here on: max_steps 4 -> 9, lr 0.003 -> 0.001\n"
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
