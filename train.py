@@ -6,6 +6,9 @@
     python train.py --config small --lr 1e-3 --out out/mine  any field of a preset can be overridden
     torchrun --nproc_per_node=8 train.py                     the paper's 0.16B model on eight GPUs
 
+Ctrl-C saves before it stops, and so it does under torchrun, which kills what takes more than 30 seconds to do so, or more
+than TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds from torch 2.12 on.
+
 A step is a function of (seed, step, row): however many processes share its rows, and however many micro-batches each
 cuts its share into, the global batch, its noise and its loss are the same.
 
