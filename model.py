@@ -550,14 +550,18 @@ def training_flops(model, context, images=0.0):
 def training_memory(model, gpus, rows, seq_len, checkpoint_activations=False):
     """Bytes a GPU needs to train, roughly: {part: bytes}. One GPU holds everything; more share the weights (--fsdp).
 
-    Weights, gradients, AdamW's two moments and the averaged weights are float32. Kept for the backward pass are, per
+    Weights, gradients, AdamW's two moments and the averaged weights are float32. Gradients are whole on every GPU: they
+    travel, and are cut, in the last micro-batch only (of one micro-batch a step, 4 n / gpus would do). Matrix products read
+    bfloat16 copies of the weights: one GPU has all but the embedding's, made by autocast; those that share have gathered
+    what is outside the blocks, the block at work and the next. Kept for the backward pass are, per
     position and block: the residual stream at both norms (float32), both norms' outputs, q, k, v, and attention's output
     twice, gate, up and their product (bfloat16); for the head the logits and their softmax (float32, and bfloat16).
     """
-    c, n = model.config, sum(p.numel() for p in model.parameters())
+    c, n, of_block = model.config, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.blocks[0].parameters())
+    copied = n - model.embedding.weight.numel() if gpus == 1 else n - max(0, c.n_layers - 2) * of_block
     per_block = 4 * c.dim if checkpoint_activations else 2 * 4 * c.dim + 2 * 2 * c.dim + 2 * 3 * c.dim + 2 * 2 * c.dim + 2 * 4 * c.mlp_dim
     activations = rows * seq_len * (c.n_layers * per_block + (4 + 4 + 2) * c.vocab_size)
-    return {"weights": 4 * n / gpus, "gradients": 4 * n / gpus, "optimiser": 8 * n / gpus, "average": 4 * n / gpus, "activations": activations}
+    return {"weights": 4 * n / gpus, "copies": 2 * copied, "gradients": 4 * n, "optimiser": 8 * n / gpus, "average": 4 * n / gpus, "activations": activations}
 
 
 if __name__ == "__main__":
@@ -577,10 +581,11 @@ if __name__ == "__main__":
     print("linear, U-Net: billions of parameters in the ways in and out of patches, for patches of 2 x 2.")
     print("GFLOPs/token: forward and backward, sequences of 4096, plain causal attention. Days: the paper's 0.5T tokens at 50 % MFU of 989 TFLOP/s")
     print("(dense bfloat16 of an H100 or H200); divide by the number of GPUs.\n")
-    print("GB per GPU, one row of 4096 tokens at a time; the states are shared by all GPUs (--fsdp). In brackets: with --checkpoint_activations")
-    print("  size  GPUs | weights  gradients  optimiser  average |   activations |           total")
+    print("GB per GPU, one row of 4096 tokens at a time; weights, optimiser and average are shared by all GPUs (--fsdp), gradients only once they are")
+    print("summed over the micro-batches of a step. copies: of weights, in bfloat16. In brackets: with --checkpoint_activations")
+    print("  size  GPUs | weights  copies  gradients  optimiser  average |   activations |           total")
     for name, model in models.items():
         for gpus in (1, 8, 64):
             kept, again = (training_memory(model, gpus, 1, 4096, checkpointed) for checkpointed in (False, True))
-            cells = "  ".join(f"{kept[part] / 1e9:{width}.1f}" for part, width in (("weights", 7), ("gradients", 9), ("optimiser", 9), ("average", 7)))
+            cells = "  ".join(f"{kept[part] / 1e9:{width}.1f}" for part, width in (("weights", 7), ("copies", 6), ("gradients", 9), ("optimiser", 9), ("average", 7)))
             print(f"{name:>6}  {gpus:4} | {cells} | {kept['activations'] / 1e9:5.1f} ({again['activations'] / 1e9:5.1f}) | {sum(kept.values()) / 1e9:6.1f} ({sum(again.values()) / 1e9:6.1f})")

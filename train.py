@@ -9,6 +9,9 @@
                                                              that model learns to edit pictures; small_story: to tell stories of three
     torchrun --nproc_per_node=8 train.py                     the paper's 0.16B model on eight GPUs
 
+Ctrl-C saves before it stops, and so it does under torchrun, which kills what takes more than 30 seconds to do so, or more
+than TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds from torch 2.12 on.
+
 A step is a function of (seed, step, row): however many processes share its rows, and however many micro-batches each
 cuts its share into, the global batch, its noise and its loss are the same.
 
@@ -122,8 +125,18 @@ class Config:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         for name in ("rows", "max_steps", "lr", "warmup", "clip", "log_every", "eval_every", "eval_documents", "steps", "judged"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("seed", "micro_rows", "shard", "min_lr", "weight_decay", "lambda_ddpm", "z_loss", "code_temperature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or above")
+        for name in ("ema", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not 0 < self.code_top_p <= 1:
+            raise ValueError(f"code_top_p is {self.code_top_p}; it must be above 0, and at most 1")
+        if self.shard and not self.fsdp:
+            raise ValueError(f"shard is {self.shard}, but every process keeps a copy of the weights; give --fsdp too, or leave it out")
 
 
 # A preset names what differs from the defaults, and the defaults are the paper's: the five sizes are nothing but sizes.
@@ -188,6 +201,9 @@ PRESETS = {
     ),
 }  # fmt: skip
 PARTS = {"model": TransfusionConfig, "data": DataConfig, "diffusion": DiffusionConfig, "autoencoder": VAEConfig}
+# Of --resume: what may not change besides model, data and diffusion, and what may without a word, for it changes no result.
+SETTLED = ("seed", "rows", "optimizer", "freeze_text")
+UNHEEDED = {"out", "device", "vae", "init_from", "micro_rows", "compile", "attention", "checkpoint_activations", "fsdp", "shard", "log_every", "wandb", "workers", "cache", "max_broken"}
 DERIVED = {"vocab_size", "latent_channels", "latent_size"}  # of the model: they follow from the tokenizer and the VAE
 
 
@@ -343,13 +359,14 @@ def mean_context(batch, n_patches):
     return float((batch.positions + 1).float().mean() + (batch.image_id >= 0).float().mean() * (n_patches - 1) / 2)
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, from NVIDIA's data sheets
+# Dense bfloat16, from NVIDIA's data sheets, by a part of the device's name.
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12}
 
 
 def peak_flops(device):
-    """The FLOP/s that MFU is measured against, or None if there is no figure for this device."""
+    """The FLOP/s that a bfloat16 run's MFU is measured against, or None if there is no figure for this device, or it is a slice of one (MIG)."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name and "MIG" not in name), None)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -497,8 +514,10 @@ class Run:
         self.rank, self.ranks, self.device = join(config.device)
         self.checkpoint = self.out / "checkpoint.pt"
         if config.rows % (self.ranks * (config.micro_rows or 1)):
-            raise ValueError(f"rows is {config.rows}; it must be a multiple of the {self.ranks} processes times micro_rows, {config.micro_rows or 1}")
+            raise ValueError(f"rows is {config.rows}; it must be a multiple of the {self.ranks} processes" + (f" times micro_rows, {config.micro_rows}" if config.micro_rows else ""))
         self.mask = mask_for(config, self.device)
+        if config.attention == "auto" and self.device.type == "cuda" and compiles(config, self.device) and config.data.seq_len % 128:
+            self.say(f"attention is SDPA with a dense mask, which is slower: FlexAttention wants a --seq_len that is a multiple of 128, not {config.data.seq_len}")
         if config.wandb:
             import_wandb()  # if it is missing, say so now
         if self.device.type == "cuda":
@@ -508,7 +527,7 @@ class Run:
             (self.out / "log.jsonl").open("a").close()
         except OSError as error:
             raise ValueError(f"--out {self.out}: cannot be written to ({error.strerror})") from None
-        state = load_checkpoint(self.checkpoint) if resume and self.checkpoint.exists() else None
+        state = load_checkpoint(self.checkpoint) if resume and self._exists(self.checkpoint) else None
         if resume and not state and not (self.out / "vae.pt").exists():
             self.say(f"--resume: nothing is saved in {self.out} yet; starting from the beginning")
         if state and not {"optimizer", "tokenizer", "stream"} <= set(state):
@@ -558,8 +577,20 @@ class Run:
         self.step = 0
         if state:
             self._restore(state)
-        self.log_file = (self.out / "log.jsonl").open("a" if state else "w") if self.rank == 0 else None  # only now that nothing can be wrong with the options
-        self.wandb = import_wandb().init(project=config.wandb, config=asdict(config), dir=self.out) if config.wandb and self.rank == 0 else None
+        self.log_file = self.wandb = None
+        if self.rank == 0:  # only now that nothing can be wrong with the options
+            self.log_file = (self.out / "log.jsonl").open("a" if state else "w")
+            if state:
+                self.log_file.truncate(min(self.log_file.tell(), state.get("log", math.inf)))  # a killed run may have logged steps after its checkpoint
+            if config.wandb:
+                self.wandb = import_wandb().init(project=config.wandb, config=asdict(config), dir=self.out, id=state and state.get("wandb"), resume="allow")
+
+    def _exists(self, path):
+        """Is there such a file? Raises ValueError if some processes see it and others do not."""
+        seen = total([path.exists()], self.device)[0]
+        if 0 < seen < self.ranks:
+            raise ValueError(f"{path}: {seen:.0f} of the {self.ranks} processes can see it; --out must be a folder that all nodes share")
+        return seen > 0
 
     def say(self, text):
         """Print, once for all processes, and without cutting a progress bar in two."""
@@ -572,6 +603,8 @@ class Run:
             prepare_vae(self.config, self.device, resume)
         if self.ranks > 1:
             dist.barrier()
+            if not self.config.vae:
+                self._exists(self.out / "vae.pt")
         return prepare_vae(self.config, self.device, resume or self.ranks > 1)
 
     def _loader(self, split, rows, workers=0, batch_rows=0):
@@ -741,7 +774,8 @@ class Run:
             self.log_file.write(json.dumps({"step": self.step, **values}) + "\n")
             self.log_file.flush()
             if self.wandb:
-                self.wandb.log(values, step=self.step)
+                quarters = {f"val_ddpm_q{n}": value for n, value in enumerate(values.get("val_ddpm_by_t", []), 1)}
+                self.wandb.log({name: value for name, value in values.items() if name != "val_ddpm_by_t"} | quarters, step=self.step)
 
     def save(self):
         """Write the checkpoint: everything that going on, on any number of processes, sampling and evaluating need."""
@@ -754,14 +788,19 @@ class Run:
             save_checkpoint(self.checkpoint, {
                 "config": asdict(self.config), "step": self.step, "stream": {row: at for stream in streams for row, at in stream.items()},
                 "tokenizer": self.tokenizer.state(), "vae_config": asdict(self.vae.config), "vae": self.vae.state_dict(), **weights,
+                "log": self.log_file.tell(), "wandb": self.wandb and self.wandb.id,  # where the log ends, and under which name the other is
             })  # fmt: skip
 
     def _restore(self, state):
-        before = build(state["config"])
-        for name, value in (asdict(self.config.model) | dict(rows=self.config.rows)).items():
-            was = before.rows if name == "rows" else getattr(before.model, name)
-            if was != value:
-                raise ValueError(f"{self.checkpoint}: was trained with {name} {was}, not {value}; give the options that it was started with")
+        before, now = asdict(build(state["config"])), asdict(self.config)
+        for part in ("model", "data", "diffusion", "own"):
+            was, value = (({name: c[name] for name in SETTLED} if part == "own" else c[part]) for c in (before, now))
+            wrong = [name for name in was if was[name] != value[name] and name not in UNHEEDED]
+            if wrong:
+                raise ValueError(f"{self.checkpoint}: was trained with {wrong[0]} {was[wrong[0]]}, not {value[wrong[0]]}; give the options that it was started with")
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before[name] and name not in {*PARTS, *UNHEEDED}]
+        if changed:
+            self.say(f"--resume: changed from here on: {', '.join(changed)}")
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, state["ema"], options=options)
         self.average = Average(self.model)
@@ -775,9 +814,9 @@ def train(config, resume=False):
     """The whole recipe -> the finished Run."""
     began = time.time()
     run = Run(config, resume)
-    parameters, peak = sum(p.numel() for p in run.model.parameters()), peak_flops(run.device)
+    parameters, peak = sum(p.numel() for p in run.model.parameters()), peak_flops(run.device) if in_bf16(config, run.device) else None
     where = f"{run.ranks} x {run.device.type}" if run.ranks > 1 else str(run.device)
-    run.say(f"2. the transformer ({parameters / 1e6:.2f} M parameters, {config.max_steps:,} steps, on {where})" + (f"; MFU is of {peak / 1e12:.0f} TFLOP/s" if peak else ""))
+    run.say(f"2. the transformer ({parameters / 1e6:.2f} M parameters, {config.max_steps:,} steps, on {where})" + (f"; MFU is of {peak / 1e12:.0f} TFLOP/s, dense bf16" if peak else ""))
     steps, seconds, flops = 0, 0.0, 0.0  # since the last line of the log
     with Interrupt() as interrupt, tqdm(desc="train", initial=run.step, total=config.max_steps, mininterval=1, disable=run.rank > 0) as bar:
         while run.step < config.max_steps:
@@ -818,12 +857,16 @@ def train(config, resume=False):
 
 def report_errors(work):
     """Run `work()`; turn what a person can mend into one sentence and a non-zero exit code, and Ctrl-C into 130."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         work()
     except KeyboardInterrupt:
-        print("\nstopped. Training that had begun was saved: the same command with --resume goes on from there", file=sys.stderr)
+        if first:
+            print("\nstopped. Training that had begun was saved: the same command with --resume goes on from there", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
+        if not first:
+            time.sleep(5)  # what all processes find wrong, the first says, and torchrun then ends the others
         sys.exit(f"error: {error}")
 
 

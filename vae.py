@@ -467,8 +467,8 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU; tensors and plain values only, code in it is refused. Raises ValueError, naming the file."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+    try:  # mapped, so that the processes of a machine share one copy
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
     except IsADirectoryError:

@@ -217,7 +217,7 @@ def sizes(args):
                 step = transfusion_step(model, adamw(model), work, run_config, device, flex_mask if attention == "flex" else transfusion_mask)
                 seconds = alternate({"step": step}, args.rounds, warm_up=3)["step"]
                 tokens = work[0].tokens.numel()
-                mfu = f"{tokens / seconds * training_flops(model, mean_context(work[0], config.n_patches), len(work[0].max_t) / tokens) / peak:6.1%}" if peak else f"{'-':>6}"
+                mfu = f"{tokens / seconds * training_flops(model, mean_context(work[0], config.n_patches), len(work[0].max_t) / tokens) / peak:6.1%}" if peak and precision == "bf16" else f"{'-':>6}"
                 memory = f"{torch.cuda.max_memory_allocated() / 1e9:6.1f}" if device.type == "cuda" else f"{'-':>6}"
                 print(f"{name:>6} {attention:>10} {compiled:>9} {precision:>10} {str(again):>13} | {1000 * seconds:7.0f} {tokens / seconds:10,.0f} {mfu} {memory}", flush=True)
             except torch.OutOfMemoryError:

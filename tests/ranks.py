@@ -3,10 +3,12 @@
     torchrun --nproc_per_node=2 tests/ranks.py jobs.json        [{"steps": 3, "options": ["--config", "small", ...]}, ...]
 
 Each job leaves its checkpoint, and in its output folder values.json: what every step logged, what validation found and the
-images in each of its batches, by process, and how many times gradients travelled between the processes (DDP only).
+images in each of its batches, by process, and how many times gradients travelled between the processes (DDP only). RANK in
+an option is the process's number. A job with "refused" must fail: each process writes the error there, under its number.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +22,13 @@ from train import Run, parse
 
 
 def work(job):
-    run = Run(*parse(job["options"]))
+    rank = os.environ["RANK"]
+    try:
+        run = Run(*parse([option.replace("RANK", rank) for option in job["options"]]))
+    except ValueError as error:
+        if "refused" not in job:
+            raise
+        return Path(job["refused"] + rank).write_text(str(error))
     travelled = []
     if isinstance(run.parallel, DistributedDataParallel):
         run.parallel.register_comm_hook(None, lambda state, bucket: (travelled.append(bucket.is_last()), allreduce_hook(None, bucket))[1])

@@ -2,14 +2,18 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, TINY, flags
 
+import train
 from train import Run, parse
 from vae import load_checkpoint
 
@@ -54,7 +58,15 @@ def two_processes(one_process, trained_vae, tmp_path_factory):
     (folder / "resumed").mkdir()
     (folder / "resumed/checkpoint.pt").write_bytes(one.checkpoint.read_bytes())
     (folder / "resumed/vae.pt").write_bytes(Path(trained_vae).read_bytes())
-    jobs = [dict(steps=STEPS, options=options(folder / "ddp", trained_vae, micro_rows=1)),
+
+    def job(name, *more, steps=STEPS, **change):
+        return dict(steps=steps, options=[*options(folder / name, trained_vae, **dict(micro_rows=1) | change), *more])
+
+    jobs = [job("hsdp", "--fsdp", "--shard", "1"), job("checkpointed", "--fsdp", "--checkpoint_activations"), job("bf16_ddp", precision="bf16"), job("bf16_fsdp", "--fsdp", precision="bf16"),
+            *(job(f"{how}_{name}", *more, *again, steps=steps, workers=workers) for how, workers, more in (("ddp", 1, []), ("fsdp", 0, ["--fsdp"]))
+              for name, steps, again in (("straight", 4, []), ("stopped", 2, []), ("stopped", 2, ["--resume"]))),
+            dict(steps=0, options=options(folder / "unshared_RANK", ""), refused=str(folder / "refused_")),
+            dict(steps=STEPS, options=options(folder / "ddp", trained_vae, micro_rows=1)),
             dict(steps=STEPS, options=options(folder / "ddp_at_once", trained_vae, micro_rows=2)),
             dict(steps=STEPS, options=options(folder / "muon", trained_vae, micro_rows=1, optimizer="muon")),
             dict(steps=STEPS, options=[*options(folder / "fsdp", trained_vae, micro_rows=1), "--fsdp"]),
@@ -95,6 +107,15 @@ def assert_same_state(folder, run):
         assert apart(found["exp_avg"], moments["exp_avg"]) < 1e-2 and apart(found["exp_avg_sq"], moments["exp_avg_sq"]) < 1e-2, name
 
 
+def assert_equal_states(found, expected):
+    """Two checkpoints hold the very same weights, averages, moments and place in the data."""
+    assert found["step"] == expected["step"] and found["stream"] == expected["stream"]
+    for name, value in expected["model"].items():
+        moments = expected["optimizer"]["state"][name]
+        assert torch.equal(found["model"][name], value) and torch.equal(found["ema"][name], expected["ema"][name]), name
+        assert all(torch.equal(found["optimizer"]["state"][name][key], moments[key]) for key in moments), name
+
+
 def test_the_rows_differ_in_what_the_means_are_over(one_process, trained_vae, tmp_path):
     """Or means of the ranks' means would pass the tests below."""
     run = Run(*parse(options(tmp_path / "out", trained_vae, micro_rows=1)))
@@ -102,7 +123,7 @@ def test_the_rows_differ_in_what_the_means_are_over(one_process, trained_vae, tm
     assert len(set(targets)) > 1 and len(set(images)) > 1
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp_at_once", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "ddp_at_once", "fsdp", "hsdp", "checkpointed"])
 def test_two_processes_equal_one(name, one_process, two_processes):
     """Losses, gradient norms, weights and moments, with and without gradient accumulation."""
     run, values = one_process
@@ -113,6 +134,30 @@ def test_two_processes_equal_one(name, one_process, two_processes):
     expected = run.validate()
     assert found["validation"]["val_lm"] == pytest.approx(expected["val_lm"], rel=1e-4)
     assert found["validation"]["val_ddpm"] == pytest.approx(expected["val_ddpm"], rel=1e-4)
+
+
+def test_bf16_too(two_processes, trained_vae, tmp_path):
+    """autocast, and FSDP2's bfloat16 parameters, beside one process; the weights that are saved, of which FSDP2 makes them, are float32."""
+    run = Run(*parse(options(tmp_path / "out", trained_vae, precision="bf16")))
+    values = [run.train_step() for _ in range(STEPS)]
+    for how in ("bf16_ddp", "bf16_fsdp"):
+        assert_close(values_of(two_processes / how)["steps"], values, rtol=2e-2)
+        state = load_checkpoint(two_processes / how / "checkpoint.pt")
+        for name, value in run.model.state_dict().items():
+            assert state["model"][name].dtype == torch.float32 and apart(state["model"][name], value) < 1e-2, name
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_resume_bit_for_bit(how, two_processes):
+    straight, stopped = (load_checkpoint(two_processes / f"{how}_{name}/checkpoint.pt") for name in ("straight", "stopped"))
+    assert values_of(two_processes / f"{how}_straight")["steps"][2:] == values_of(two_processes / f"{how}_stopped")["steps"]
+    assert_equal_states(stopped, straight)
+
+
+def test_an_out_that_is_not_shared_is_refused(two_processes):
+    """In every process, rather than that each trains a VAE of its own."""
+    errors = [(two_processes / f"refused_{rank}").read_text() for rank in range(2)]
+    assert all("1 of the 2 processes can see it; --out must be a folder that all nodes share" in error for error in errors)
 
 
 def test_processes_validate_in_step(two_processes):
@@ -171,10 +216,11 @@ def test_checkpoints_move_between_numbers_of_processes(one_process, two_processe
 
 
 @pytest.mark.slow
-def test_two_nodes_of_one_process_each(trained_vae, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--fsdp", "--shard", "1"]], ids=["ddp", "hsdp"])
+def test_two_nodes_of_one_process_each(more, trained_vae, tmp_path):
     """The README's command for two nodes: two agents that meet on this machine; a whole run, evaluation included."""
     rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=test", "--local_addr=127.0.0.1"]
-    agents = [torchrun(*rendezvous, ROOT / "train.py", *options(tmp_path / "out", trained_vae, max_steps=4), cwd=tmp_path) for _ in range(2)]
+    agents = [torchrun(*rendezvous, ROOT / "train.py", *options(tmp_path / "out", trained_vae, max_steps=4), *more, cwd=tmp_path) for _ in range(2)]
     ends = [agent.communicate(timeout=300) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], ends
     out = "".join(out for out, _ in ends)
@@ -182,6 +228,27 @@ def test_two_nodes_of_one_process_each(trained_vae, tmp_path):
     assert load_checkpoint(tmp_path / "out/checkpoint.pt")["step"] == 4
 
 
-def test_rows_that_the_processes_cannot_share(trained_vae, tmp_path):
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun(trained_vae, tmp_path):
+    """torchrun passes it on, both processes save, and --resume ends where a run that was left alone does."""
+    start = lambda name, *more: torchrun("--standalone", "--nproc_per_node=2", ROOT / "train.py", *options(tmp_path / name, trained_vae, max_steps=60, log_every=1), *more, cwd=tmp_path)
+    stopped, log = start("stopped"), tmp_path / "stopped/log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert stopped.poll() is None, stopped.communicate()
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    _, err = stopped.communicate(timeout=300)
+    assert stopped.returncode != 0 and err.count("the same command with --resume") == 1, err
+    assert 3 <= load_checkpoint(tmp_path / "stopped/checkpoint.pt")["step"] < 60
+    for process in (start("stopped", "--resume"), start("straight")):
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    assert_equal_states(*(load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("stopped", "straight")))
+
+
+def test_rows_that_the_processes_cannot_share(trained_vae, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="multiple of the 1 processes times micro_rows, 3"):
         Run(*parse(options(tmp_path / "out", trained_vae, micro_rows=3)))
+    monkeypatch.setattr(train, "join", lambda name: (0, 3, torch.device("cpu")))
+    with pytest.raises(ValueError, match="multiple of the 3 processes$"):
+        Run(*parse(options(tmp_path / "out", trained_vae)))

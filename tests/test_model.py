@@ -315,7 +315,9 @@ def test_training_memory_counts_what_autograd_keeps():
         out = model.trunk(h, positions)
     said = training_memory(model, 1, rows, length)["activations"] - rows * length * 10 * model.config.vocab_size
     assert out.shape == h.shape and 0.6 < said / sum(kept.values()) < 1.1, (said, sum(kept.values()))
-    assert training_memory(model, 8, rows, length)["weights"] * 8 == sum(4 * p.numel() for p in model.parameters())
+    one, eight, n = *(training_memory(model, gpus, rows, length) for gpus in (1, 8)), sum(p.numel() for p in model.parameters())
+    assert eight["weights"] * 8 == 4 * n and one["gradients"] == eight["gradients"] == 4 * n  # accumulated, they are whole
+    assert one["copies"] == 2 * (n - model.embedding.weight.numel()) and eight["copies"] == 2 * (n - 2 * sum(p.numel() for p in model.blocks[0].parameters()))
 
 
 def test_script_prints_the_sizes():

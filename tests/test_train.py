@@ -255,12 +255,30 @@ def test_wandb_gets_what_the_log_gets(trained_vae, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install wandb"):
         Run(config_of(tmp_path / "a", vae=trained_vae, wandb="project"))
     seen, started = [], {}
-    logger = SimpleNamespace(log=lambda values, step: seen.append((step, values)))
+    logger = SimpleNamespace(id="x1", log=lambda values, step: seen.append((step, values)))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: started.update(options) or logger))
     run = Run(config_of(tmp_path / "b", vae=trained_vae, wandb="project"))
     run.log(run.train_step())
     line = json.loads((tmp_path / "b/log.jsonl").read_text())
     assert started["project"] == "project" and started["config"]["lr"] == run.config.lr and [(line.pop("step"), line)] == seen
+    run.log(run.validate())
+    assert {"val_lm", "val_ddpm", "val_ddpm_q1", "val_ddpm_q4"} <= seen[-1][1].keys() and all(isinstance(v, float) for v in seen[-1][1].values() if v is not None)
+    run.save()
+    Run(run.config, resume=True)
+    assert started["id"] == "x1" and started["resume"] == "allow"  # it goes on in the same run
+
+
+def test_a_killed_run_leaves_no_lines_that_are_logged_again(trained_vae, tmp_path):
+    run = Run(config_of(tmp_path, vae=trained_vae))
+    for n in range(3):
+        run.log(run.train_step())
+        if n == 1:
+            run.save()
+    run.log_file.write('{"step": 4, "l')  # killed
+    run.log_file.flush()
+    again = Run(run.config, resume=True)
+    again.log(again.train_step())
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
 # ---- The recipe -----------------------------------------------------------------------------------------------------
@@ -339,13 +357,42 @@ def complaint(script, *args):
     (["--grammar", "haiku"], "places, relations, rich"), (["--t_draw", "normal"], "uniform, logit_normal"), (["--drop_caption", "2"], "between 0 and 1"),
     (["--attention", "flex"], "needs CUDA"), (["--fsdp"], "muon"), (["--optimizer", "sgd"], "adamw, muon"), (["--compile", "maybe"], "auto, on, off"),
     (["--rows", "0"], "rows"), (["--lr", "-1"], "lr"), (["--steps", "0"], "steps"), (["--dim", "50", "--n_heads", "3"], "multiple of 6"),
-    (["--judged", "0"], "judged"), (["--patch_encoder", "conv"], "linear or unet"), (["--patch_encoder", "unet", "--unet_channels", "100"], "multiple of"),
+    (["--judged", "0"], "judged"), (["--micro_rows", "-1"], "micro_rows is -1"), (["--ema", "1"], "ema is 1.0"), (["--ema", "nan"], "below 1"), (["--shard", "2"], "--fsdp"),
+    (["--lambda_ddpm", "-5"], "lambda_ddpm is -5"), (["--lambda_ddpm", "inf"], "lambda_ddpm"), (["--lr", "inf"], "lr is inf"), (["--seed", "-1"], "seed is -1"),
+    (["--beta2", "1"], "beta2"), (["--code_top_p", "0"], "code_top_p"), (["--patch_encoder", "conv"], "linear or unet"), (["--patch_encoder", "unet", "--unet_channels", "100"], "multiple of"),
 ], ids=lambda value: value if isinstance(value, str) else " ".join(value))  # fmt: skip
 def test_wrong_options_of_train(args, expected, tmp_path):
     config = [] if "--config" in args else ["--config", "small"]
     message = complaint("train.py", *config, *args, *([] if "--out" in args else ["--out", tmp_path / "out", "--vae", tmp_path / "none.pt"]))
     assert expected in message and "none.pt" not in message  # refused for what is wrong, before anything is made
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GeForce RTX 4090", None),
+])  # fmt: skip
+def test_the_peak_is_of_the_very_device(name, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert recipe.peak_flops(torch.device("cuda")) == expected
+
+
+def test_one_process_speaks_for_all(monkeypatch, capsys):
+    """Under torchrun: of an interrupt only the first process of a node; of an error, another one only if it is still there a while later."""
+    slept = []
+    monkeypatch.setattr(recipe, "time", SimpleNamespace(sleep=slept.append))
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit):
+            report_errors(interrupted)
+        assert capsys.readouterr().err.count("stopped") == lines
+        with pytest.raises(SystemExit, match="error: "):
+            report_errors(lambda: Config(lr=-1))
+        assert len(slept) == int(rank)
 
 
 @pytest.mark.parametrize("script, args, expected", [
@@ -411,10 +458,21 @@ def test_resuming_from_a_bad_checkpoint(kind, small_run, tmp_path):
     assert "checkpoint.pt: " in message
 
 
-def test_resuming_with_other_sizes(trained_vae, tmp_path):
+@pytest.mark.parametrize("change, expected", [
+    (dict(dim=64), "dim 32, not 64"), (dict(seed=1), "seed 0, not 1"), (dict(caption_first=0.5), "caption_first 0.3, not 0.5"), (dict(t_mean=0), "t_mean 0.7, not 0.0"),
+    (dict(optimizer="adamw"), "optimizer muon, not adamw"), (dict(rows=4), "rows 2, not 4"),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_resuming_with_another_recipe(change, expected, trained_vae, tmp_path):
     Run(config_of(tmp_path, vae=trained_vae)).save()
-    message = complaint("train.py", *flags(**TINY | dict(dim=64), out=tmp_path, vae=trained_vae), "--resume")
-    assert "checkpoint.pt: " in message and "dim 32" in message and "64" in message
+    message = complaint("train.py", *flags(**TINY | change, out=tmp_path, vae=trained_vae), "--resume")
+    assert "checkpoint.pt: " in message and expected in message
+
+
+def test_resuming_tells_what_else_has_changed(trained_vae, tmp_path, capsys):
+    Run(config_of(tmp_path, vae=trained_vae)).save()
+    capsys.readouterr()
+    Run(config_of(tmp_path, vae=trained_vae, max_steps=9, lr=1e-3, workers=1, micro_rows=1, log_every=1), resume=True)
+    assert capsys.readouterr().out == "--resume: changed from here on: max_steps 4 -> 9, lr 0.003 -> 0.001\n"
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
