@@ -1,16 +1,21 @@
 """vae.py --encode and train.py --latents: pictures encoded once, and read in their place."""
 
+import json
+import shutil
+import tarfile
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, flags, run_here
+from conftest import TINY, flags, run_here, run_script
 from PIL import Image
+from test_pretrained import fixture
 
 from data import Pairs, to_pixels
 from train import Run, parse
-from vae import VAE, load_vae, save_checkpoint, write_latents
+from vae import VAE, load_vae, save_checkpoint, write_latents, write_safetensors
+
 
 @pytest.fixture
 def pictures(tmp_path):
@@ -65,3 +70,33 @@ def test_latents_that_do_not_fit(pictures, trained_vae, tmp_path):
             Run(parse(flags(**options))[0])
     with pytest.raises(SystemExit, match="--encode needs --data"):
         raise SystemExit(run_here("vae.py", "--config", "small", "--encode", tmp_path)[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folder", "tars"])
+def test_the_readmes_chain(kind, pictures, tmp_path):
+    """From pictures and a VAE in diffusers' layout to a sample, each command in a process of its own."""
+    _, settings, weights = fixture("vaes.npz", "stable diffusion")
+    write_safetensors(tmp_path / "sd/vae/diffusion_pytorch_model.safetensors", weights)
+    (tmp_path / "sd/vae/config.json").write_text(json.dumps(settings))
+    (tmp_path / "wiki.jsonl").write_text("".join(json.dumps({"text": f"sentence number {i} " * (i % 20 + 1)}) + "\n" for i in range(60)))
+    if kind == "tars":
+        (pictures / "07.png").write_bytes((pictures / "08.png").read_bytes())
+        for n, tens in enumerate("0123"):
+            with tarfile.open(tmp_path / f"{n:05d}.tar", "w") as tar:
+                for file in sorted(pictures.glob(f"{tens}?.*")):
+                    tar.add(file, file.name)
+        shutil.rmtree(pictures)
+        pictures.mkdir()
+        for tar in tmp_path.glob("*.tar"):
+            tar.rename(pictures / tar.name)
+    of_data = ["--data", "pictures", "--vae", "sd/vae"]
+    for script, *args in (
+        ("vae.py", "--config", "small", *of_data, "--encode", "latents"),
+        ("train.py", *flags(**TINY), *of_data, "--latents", "latents", "--text", "wiki.jsonl", "--text_fraction", 0.5, "--out", "out/mine"),
+        ("sample.py", "--ckpt", "out/mine", "--prompt", "number 3", "--num", 2),
+    ):  # fmt: skip
+        code, out, err = run_script(script, *args, cwd=tmp_path)
+        assert code == 0 and "Traceback" not in err, err
+    with Image.open(tmp_path / "out/samples/001.png") as picture:
+        assert picture.size == (32, 32) and picture.info["prompt"] == "number 3"
