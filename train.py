@@ -201,9 +201,10 @@ PRESETS = {
     ),
 }  # fmt: skip
 PARTS = {"model": TransfusionConfig, "data": DataConfig, "diffusion": DiffusionConfig, "autoencoder": VAEConfig}
-# Of --resume: what may not change besides model, data and diffusion, and what may without a word, for it changes no result.
+# With --resume: what may not change besides model, data and diffusion, and what may without a word, for it makes no other model.
 SETTLED = ("seed", "rows", "optimizer", "freeze_text")
-UNHEEDED = {"out", "device", "vae", "init_from", "micro_rows", "compile", "attention", "checkpoint_activations", "fsdp", "shard", "log_every", "wandb", "workers", "cache", "max_broken"}
+UNHEEDED = {"out", "device", "vae", "init_from", "micro_rows", "compile", "attention", "checkpoint_activations", "fsdp", "shard", "log_every", "wandb",
+            "workers", "cache", "max_broken"}  # fmt: skip
 DERIVED = {"vocab_size", "latent_channels", "latent_size"}  # of the model: they follow from the tokenizer and the VAE
 
 
@@ -514,7 +515,8 @@ class Run:
         self.rank, self.ranks, self.device = join(config.device)
         self.checkpoint = self.out / "checkpoint.pt"
         if config.rows % (self.ranks * (config.micro_rows or 1)):
-            raise ValueError(f"rows is {config.rows}; it must be a multiple of the {self.ranks} processes" + (f" times micro_rows, {config.micro_rows}" if config.micro_rows else ""))
+            times = f" times micro_rows, {config.micro_rows}" if config.micro_rows else ""
+            raise ValueError(f"rows is {config.rows}; it must be a multiple of the {self.ranks} processes{times}")
         self.mask = mask_for(config, self.device)
         if config.attention == "auto" and self.device.type == "cuda" and compiles(config, self.device) and config.data.seq_len % 128:
             self.say(f"attention is SDPA with a dense mask, which is slower: FlexAttention wants a --seq_len that is a multiple of 128, not {config.data.seq_len}")
@@ -654,8 +656,9 @@ class Run:
 
     def counts(self, batch):
         """How many text targets (codes included) and noised images a Batch holds; of a discrete model, before its codes are filled in."""
-        noised, targets = int((batch.max_t > 0).sum()), int((batch.targets != NO_LOSS).sum())
-        return targets + (self.config.model.n_patches + 1) * noised * (self.config.model.images == "discrete"), noised  # the codes, and <EOI> after them
+        noised = int((batch.max_t > 0).sum())
+        codes = (self.config.model.n_patches + 1) * noised if self.config.model.images == "discrete" else 0  # and the <EOI> after them
+        return int((batch.targets != NO_LOSS).sum()) + codes, noised
 
     def train_step(self):
         """One optimiser step -> the numbers for the log. fill: the share of positions that are not padding."""
@@ -665,7 +668,8 @@ class Run:
         batches = self.micro_batches()
         # The means of eq. 1 and eq. 3 are over the whole step. Ranks and micro-batches differ in how many text targets and
         # noised images they hold, so a mean of their means would be another number.
-        targets, images = (max(1.0, count) for count in total([sum(each) for each in zip(*(self.counts(batch) for batch, _ in batches))], self.device))
+        counts = zip(*(self.counts(batch) for batch, _ in batches))
+        targets, images = (max(1.0, count) for count in total([sum(each) for each in counts], self.device))
         lm, ddpm = 0.0, 0.0
         for n, (batch, rows) in enumerate(batches):
             batch, x_0, t, eps = self.prepare(batch, rows, 1, self.step)
@@ -690,7 +694,8 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         self.average.update(min(config.ema, (1 + self.step) / (10 + self.step)))  # warmed up: the first weights are soon forgotten
         self.step += 1
-        return {"lm": lm} | ({"ddpm": ddpm} if config.model.images == "continuous" else {}) | {"norm": norm, "lr": lr, "fill": filled / (config.rows * config.data.seq_len), "flops": flops}
+        fill = filled / (config.rows * config.data.seq_len)
+        return {"lm": lm} | ({"ddpm": ddpm} if config.model.images == "continuous" else {}) | {"norm": norm, "lr": lr, "fill": fill, "flops": flops}
 
     def flops(self, batch):
         """Training FLOPs that a batch costs, forward and backward."""
@@ -793,11 +798,10 @@ class Run:
 
     def _restore(self, state):
         before, now = asdict(build(state["config"])), asdict(self.config)
-        for part in ("model", "data", "diffusion", "own"):
-            was, value = (({name: c[name] for name in SETTLED} if part == "own" else c[part]) for c in (before, now))
-            wrong = [name for name in was if was[name] != value[name] and name not in UNHEEDED]
-            if wrong:
-                raise ValueError(f"{self.checkpoint}: was trained with {wrong[0]} {was[wrong[0]]}, not {value[wrong[0]]}; give the options that it was started with")
+        settled = [(name, before[part][name], now[part][name]) for part in ("model", "data", "diffusion") for name in now[part]]
+        for name, was, value in settled + [(name, before[name], now[name]) for name in SETTLED]:
+            if was != value and name not in UNHEEDED:
+                raise ValueError(f"{self.checkpoint}: was trained with {name} {was}, not {value}; give the options that it was started with")
         changed = [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before[name] and name not in {*PARTS, *UNHEEDED}]
         if changed:
             self.say(f"--resume: changed from here on: {', '.join(changed)}")
@@ -816,7 +820,8 @@ def train(config, resume=False):
     run = Run(config, resume)
     parameters, peak = sum(p.numel() for p in run.model.parameters()), peak_flops(run.device) if in_bf16(config, run.device) else None
     where = f"{run.ranks} x {run.device.type}" if run.ranks > 1 else str(run.device)
-    run.say(f"2. the transformer ({parameters / 1e6:.2f} M parameters, {config.max_steps:,} steps, on {where})" + (f"; MFU is of {peak / 1e12:.0f} TFLOP/s, dense bf16" if peak else ""))
+    of_peak = f"; MFU is of {peak / 1e12:.0f} TFLOP/s, dense bf16" if peak else ""
+    run.say(f"2. the transformer ({parameters / 1e6:.2f} M parameters, {config.max_steps:,} steps, on {where}){of_peak}")
     steps, seconds, flops = 0, 0.0, 0.0  # since the last line of the log
     with Interrupt() as interrupt, tqdm(desc="train", initial=run.step, total=config.max_steps, mininterval=1, disable=run.rank > 0) as bar:
         while run.step < config.max_steps:

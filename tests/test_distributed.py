@@ -62,7 +62,8 @@ def two_processes(one_process, trained_vae, tmp_path_factory):
     def job(name, *more, steps=STEPS, **change):
         return dict(steps=steps, options=[*options(folder / name, trained_vae, **dict(micro_rows=1) | change), *more])
 
-    jobs = [job("hsdp", "--fsdp", "--shard", "1"), job("checkpointed", "--fsdp", "--checkpoint_activations"), job("bf16_ddp", precision="bf16"), job("bf16_fsdp", "--fsdp", precision="bf16"),
+    jobs = [job("hsdp", "--fsdp", "--shard", "1"), job("checkpointed", "--fsdp", "--checkpoint_activations"),
+            job("bf16_ddp", precision="bf16"), job("bf16_fsdp", "--fsdp", precision="bf16"),
             *(job(f"{how}_{name}", *more, *again, steps=steps, workers=workers) for how, workers, more in (("ddp", 1, []), ("fsdp", 0, ["--fsdp"]))
               for name, steps, again in (("straight", 4, []), ("stopped", 2, []), ("stopped", 2, ["--resume"]))),
             dict(steps=0, options=options(folder / "unshared_RANK", ""), refused=str(folder / "refused_")),
@@ -231,7 +232,10 @@ def test_two_nodes_of_one_process_each(more, trained_vae, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun(trained_vae, tmp_path):
     """torchrun passes it on, both processes save, and --resume ends where a run that was left alone does."""
-    start = lambda name, *more: torchrun("--standalone", "--nproc_per_node=2", ROOT / "train.py", *options(tmp_path / name, trained_vae, max_steps=60, log_every=1), *more, cwd=tmp_path)
+
+    def start(name, *more):
+        return torchrun("--standalone", "--nproc_per_node=2", ROOT / "train.py", *options(tmp_path / name, trained_vae, max_steps=60, log_every=1), *more, cwd=tmp_path)
+
     stopped, log = start("stopped"), tmp_path / "stopped/log.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 3):
         assert stopped.poll() is None, stopped.communicate()

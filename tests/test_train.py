@@ -357,8 +357,8 @@ def complaint(script, *args):
     (["--grammar", "haiku"], "places, relations, rich"), (["--t_draw", "normal"], "uniform, logit_normal"), (["--drop_caption", "2"], "between 0 and 1"),
     (["--attention", "flex"], "needs CUDA"), (["--fsdp"], "muon"), (["--optimizer", "sgd"], "adamw, muon"), (["--compile", "maybe"], "auto, on, off"),
     (["--rows", "0"], "rows"), (["--lr", "-1"], "lr"), (["--steps", "0"], "steps"), (["--dim", "50", "--n_heads", "3"], "multiple of 6"),
-    (["--judged", "0"], "judged"), (["--micro_rows", "-1"], "micro_rows is -1"), (["--ema", "1"], "ema is 1.0"), (["--ema", "nan"], "below 1"), (["--shard", "2"], "--fsdp"),
-    (["--lambda_ddpm", "-5"], "lambda_ddpm is -5"), (["--lambda_ddpm", "inf"], "lambda_ddpm"), (["--lr", "inf"], "lr is inf"), (["--seed", "-1"], "seed is -1"),
+    (["--judged", "0"], "judged"), (["--micro_rows", "-1"], "micro_rows is -1"), (["--ema", "1"], "ema is 1.0"), (["--ema", "nan"], "below 1"),
+    (["--shard", "2"], "--fsdp"),    (["--lambda_ddpm", "-5"], "lambda_ddpm is -5"), (["--lambda_ddpm", "inf"], "lambda_ddpm"), (["--lr", "inf"], "lr is inf"), (["--seed", "-1"], "seed is -1"),
     (["--beta2", "1"], "beta2"), (["--code_top_p", "0"], "code_top_p"), (["--patch_encoder", "conv"], "linear or unet"), (["--patch_encoder", "unet", "--unet_channels", "100"], "multiple of"),
 ], ids=lambda value: value if isinstance(value, str) else " ".join(value))  # fmt: skip
 def test_wrong_options_of_train(args, expected, tmp_path):
@@ -375,6 +375,16 @@ def test_wrong_options_of_train(args, expected, tmp_path):
 def test_the_peak_is_of_the_very_device(name, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert recipe.peak_flops(torch.device("cuda")) == expected
+
+
+def test_a_length_that_flex_attention_does_not_take_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "join", lambda name: (0, 1, torch.device("cuda")))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    (tmp_path / "file").write_text("in the way")
+    for seq_len, lines in ((112, 1), (128, 0)):
+        with pytest.raises(ValueError, match="cannot be written"):
+            Run(config_of(tmp_path / "file", seq_len=seq_len, compile="on"))
+        assert capsys.readouterr().out.count(f"multiple of 128, not {seq_len}") == lines
 
 
 def test_one_process_speaks_for_all(monkeypatch, capsys):
