@@ -894,10 +894,10 @@ def files_below(folder):
 
 
 def stamp(folder, name=""):
-    """What tells a file's present content from that of another time."""
+    """What tells a file's present content from that of another time: its name, size and time of change; None if it cannot be read."""
     with contextlib.suppress(OSError):  # it vanished, or is a link to nothing
         status = os.stat(os.path.join(folder, name))
-        return str(name or folder), status.st_size, status.st_mtime_ns
+        return name or os.path.basename(folder), status.st_size, status.st_mtime_ns
 
 
 class Table:
