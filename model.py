@@ -74,8 +74,9 @@ class TransfusionConfig:
                 raise ValueError(f"patch_size is {self.patch_size}; a U-Net halves the resolution, so it must be 1, 2, 4, 8 or another power of two")
             if self.unet_blocks < 1:
                 raise ValueError(f"unet_blocks is {self.unet_blocks}; it must be at least 1")
-            if self.unet_channels < 1 or self.unet_channels != 16 * self.patch_size and self.unet_channels % (32 * self.patch_size):
-                raise ValueError(f"unet_channels is {self.unet_channels}; with patch_size {self.patch_size} it must be {16 * self.patch_size}, or a multiple of {32 * self.patch_size}")
+            widths = [self.unet_channels / 2**level for level in range(self.patch_size.bit_length())]
+            if any(width < 1 or width % 4 or width > 64 and width % 32 for width in widths):  # the groups of the norms must divide them
+                raise ValueError(f"unet_channels is {self.unet_channels}; with patch_size {self.patch_size} it must be a multiple of {4 * self.patch_size}, such as {16 * self.patch_size}")
 
     @property
     def n_patches(self):
