@@ -41,7 +41,6 @@ TABLES = {
         "linear, 2x2": PAPER,
         "linear, 4x4": TRANSFUSION,
         "linear, 8x8": "--config small --patch_size 8",
-        "U-Net, 1x1": "--config small --patch_size 1 --patch_encoder unet",
         "U-Net, 2x2": f"{PAPER} --patch_encoder unet",
         "U-Net, 4x4": "--config small --patch_size 4 --patch_encoder unet",
         "U-Net, 8x8": "--config small --patch_size 8 --patch_encoder unet",
