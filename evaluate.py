@@ -33,7 +33,7 @@ from attention_mask import transfusion_mask
 from data import (BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, DataConfig, Found, Pairs, Scenes, collate, fitting, open_pairs,
                   read_jsonl, read_txt, readable, sprite, to_pixels)  # fmt: skip
 from diffusion import SAMPLERS
-from sample import Parser, generate, load, make_folder, newest_checkpoint, pick_device
+from sample import Parser, check_folder, generate, load, newest_checkpoint, pick_device
 from vae import load_checkpoint
 
 ASPECTS = ("all", "number", "colours", "shapes", "relation")
@@ -539,7 +539,7 @@ def main(argv=None):
     if args.text:
         read_texts(args.text)  # whatever is wrong with it, say so before the long work
     if args.json:
-        make_folder(Path(args.json).parent, f"--json {args.json}")
+        check_folder(Path(args.json).parent, f"--json {args.json}")
         if Path(args.json).is_dir():
             raise ValueError(f"--json {args.json}: is a folder; name a file")
     trained = load(args.ckpt or newest_checkpoint(), pick_device(args.device))
@@ -549,6 +549,7 @@ def main(argv=None):
         scores["text"] = {"path": args.text} | dict(zip(("perplexity_per_token", "perplexity_per_byte"), perplexity(trained, read_texts(args.text))))
     print(format_scores(scores))
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(scores, indent=1))
 
 

@@ -589,11 +589,14 @@ def pick_device(name):
     return torch.device(name)
 
 
-def make_folder(path, option):
-    """Make a folder for results, before the long work begins. Raises ValueError, naming the option, if nothing can be written there."""
+def check_folder(path, option):
+    """To be asked before long work. Raises ValueError, naming the option, unless the folder can be made, or is there, and be written to."""
     try:
+        new = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
         Path(path).mkdir(parents=True, exist_ok=True)
         reason = "" if os.access(path, os.W_OK) else "no permission"
+        for folder in new:  # until there is something to write
+            folder.rmdir()
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"{option}: {path} is not a folder") from None
     except OSError as error:
@@ -678,7 +681,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     ckpt = args.ckpt or newest_checkpoint()
     if not args.export:
-        make_folder(args.out, "--out")
+        check_folder(args.out, "--out")
     texts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     trained = load(ckpt, pick_device(args.device))
     if args.export:
@@ -716,13 +719,14 @@ def show(trained, results, documents, out, terminal, settings):
     """Print the documents' text, and write their pictures and what gathers them to the folder `out`. A picture's PNG holds the
     prompt, the whole document's text and the settings. What an earlier run left there and this one does not write is named."""
     pictures, captions = [], []
-    before = {path.name for path in out.iterdir() if re.fullmatch(r"\d{3,}(_\d+)?\.png|sheet\.png|film\.gif|page\.html", path.name)}
+    before = {path.name for path in out.glob("*") if re.fullmatch(r"\d{3,}(_\d+)?\.png|sheet\.png|film\.gif|page\.html", path.name)}
     for n, (document, prompt) in enumerate(zip(results, documents)):
         text = " ".join(part.strip() for part in document if isinstance(part, str)) or "(no text)"
         new = captioned(document)[len(captioned(prompt)) :]
         paths = [out / (f"{n:03d}_{k}.png" if k else f"{n:03d}.png") for k in range(len(new))]
         print(("" if terminal.prefix == "" else f"{n}: {text}") + "".join(f"  [{path}]" for path in paths))
         for (picture, caption), path in zip(new, paths):
+            out.mkdir(parents=True, exist_ok=True)
             notes = PngInfo()
             for key, value in (("prompt", " ".join(part for part in prompt if isinstance(part, str))), ("text", text), ("settings", settings[n])):
                 notes.add_text(key, value)
