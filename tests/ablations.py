@@ -4,25 +4,27 @@
     python tests/ablations.py --tables attention --seeds 0
     python tests/ablations.py --steps 30 --judged 8          in minutes: does everything run?
 
-A cell is one variant with one seed, trained and scored by train.py in out/ablations/<variant>. A finished cell is not trained
-again, and one that was cut off goes on where it was. All rows of a table get the same compute: --steps is the number of steps of
-the table's yardstick, and every other row takes as many steps as cost the same training FLOPs. The two autoencoders,
-continuous and discrete, are trained once and shared by all cells.
+A cell is one variant with one seed, trained and scored by train.py in out/ablations/<variant>-<steps>-<seed>. A finished cell is
+not trained again, and one that was cut off goes on from its last checkpoint, at most 200 steps ago. All rows of a table get the
+same compute: --steps is the number of steps of the table's yardstick, and every other row takes as many steps as cost the same
+training FLOPs. The two autoencoders, continuous and discrete, are trained once and shared by all cells. One of these at a time.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from vae import load_checkpoint  # noqa: E402
 
 # ---- What is compared: the words after `python train.py` ------------------------------------------------------------------
 
@@ -49,7 +51,7 @@ TABLES = {
 }
 SIZES = ["--dim 64 --n_layers 3 --n_heads 2", "--dim 96 --n_layers 4 --n_heads 3", "", "--dim 192 --n_layers 8 --n_heads 6"]  # "": the preset's
 # Rows long enough for three pictures of 64 patches; and enough captions before their pictures for both to be learned within the steps.
-COMMON = "--seq_len 256 --rows 4 --caption_first 0.6 --eval_every 1000000"
+COMMON = "--seq_len 256 --rows 4 --caption_first 0.6 --eval_every 200"
 
 
 # ---- Cells --------------------------------------------------------------------------------------------------------------
@@ -70,28 +72,34 @@ def arguments(variant, out):
     return [*variant.split(), *COMMON.split(), "--vae", str(vae)]
 
 
-@cache
 def flops_per_step(variant, out):
-    """Training FLOPs of a step of a variant, measured on the first batches of its own stream."""
+    """Training FLOPs of a step of a variant, measured once on the first batches of its own stream and noted in flops.json."""
     from train import Run, parse
 
-    run = Run(parse([*arguments(variant, out), "--out", str(out / "flops"), "--eval_documents", "1"])[0])
-    return float(np.mean([run.train_step()["flops"] for _ in range(5)]))
+    notes = out / "flops.json"
+    known = json.loads(notes.read_text()) if notes.exists() else {}
+    if variant not in known:
+        run = Run(parse([*arguments(variant, out), "--out", str(out / "flops"), "--eval_documents", "1"])[0])
+        known[variant] = float(np.mean([run.train_step()["flops"] for _ in range(5)]))
+        notes.write_text(json.dumps(known, indent=1))
+    return known[variant]
 
 
-def folder(variant, seed, out):
+def folder(variant, yardstick, seed, args):
+    """Where a cell lies, and how many steps it takes."""
+    steps = round(args.steps * flops_per_step(yardstick, args.out) / flops_per_step(variant, args.out))
     words = variant.replace("--config ", "").replace("--", "").split()
-    return out / "-".join([*words, f"seed{seed}"])
+    return args.out / "-".join([*words, f"{steps}steps", f"seed{seed}"]), steps
 
 
-def train_cell(variant, yardstick, seed, args):
+def train_cell(place, steps, variant, seed, args):
     """Train and score one cell, unless that is done."""
-    place = folder(variant, seed, args.out)
     if not (place / "scores.json").exists():
-        steps = round(args.steps * flops_per_step(yardstick, args.out) / flops_per_step(variant, args.out))
         words = ["train.py", *arguments(variant, args.out), "--seed", seed, "--max_steps", steps, "--judged", args.judged, "--out", place, "--resume"]
         place.mkdir(parents=True, exist_ok=True)
         call([str(word) for word in words], place / "output.txt")
+    elif json.loads((place / "scores.json").read_text())["judged"] != args.judged:
+        call(["evaluate.py", str(place), "--judged", str(args.judged), "--json", str(place / "scores.json")])
     result = scores(place)
     print(f"{place.name}: prompts {result['prompts']:.1f}, captions {result['captions']:.1f}, perplexity {result['perplexity']:.3f}", flush=True)
 
@@ -113,10 +121,11 @@ def spread(values, digits=1):
 
 
 def print_table(name, rows, args):
+    """rows: {label: (variant, yardstick)}."""
     print(f"\n### {name}: mean and range of seeds {', '.join(map(str, args.seeds))}; {args.judged} held-out prompts and captions each\n")
     print("| | prompts right, % | captions right, % | perplexity per token | steps | training TFLOPs |\n|---|---|---|---|---|---|")
-    for row, variant in rows.items():
-        cells = [scores(folder(variant, seed, args.out)) for seed in args.seeds]
+    for row, cell in rows.items():
+        cells = [scores(folder(*cell, seed, args)[0]) for seed in args.seeds]
         column = {key: [cell[key] for cell in cells] for key in cells[0]}
         print(f"| {row} | {spread(column['prompts'])} | {spread(column['captions'])} | {spread(column['perplexity'], 3)} | {column['steps'][0]} | {np.mean(column['flops']) / 1e12:.2f} |")
 
@@ -131,22 +140,20 @@ def print_sampling_time(rows, args):
 
     torch.set_num_threads(1)
     captions = [[Scenes(split="held_out").pair(i)[0]] for i in range(16)]
-    models = {row: load(folder(variant, args.seeds[0], args.out)) for row, variant in rows.items()}
+    models = {row: load(folder(*cell, args.seeds[0], args)[0]) for row, cell in rows.items()}
     seconds = alternate({row: lambda model=model: generate(model, captions, max_tokens=0) for row, model in models.items()}, 5, warm_up=1)
     print("\nSampling, 16 pictures at once on one thread: " + ", ".join(f"{row} {1000 * s / len(captions):.0f} ms a picture" for row, s in seconds.items()))
 
 
 def draw_scaling(args, rows):
     """Figure 5 of the paper: each model size is a point, its training FLOPs across, a score upwards."""
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        raise SystemExit("error: the figure needs a package that is not installed: pip install matplotlib") from None
+    from matplotlib import pyplot as plt
+
     panels = {"prompts": "prompts right, %", "captions": "captions right, %", "perplexity": "perplexity per token"}
     figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.2), layout="constrained")
     for (score, label), ax in zip(panels.items(), axes):
         for (name, variants), colour in zip(rows.items(), ("tab:blue", "tab:orange")):
-            cells = [[scores(folder(variant, seed, args.out)) for seed in args.seeds] for variant in variants]
+            cells = [[scores(folder(*cell, seed, args)[0]) for seed in args.seeds] for cell in variants]
             flops, values = ([[cell[key] for cell in size] for size in cells] for key in ("flops", score))
             ax.plot(np.mean(flops, axis=1), np.mean(values, axis=1), "o-", color=colour, label=name)
             ax.scatter(np.ravel(flops), np.ravel(values), s=8, color=colour, alpha=0.5)
@@ -157,7 +164,7 @@ def draw_scaling(args, rows):
     print(f"\nwrote {args.figure}")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=[*TABLES, "scaling"], default=[*TABLES, "scaling"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -166,27 +173,32 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, a thread each (default 2)")
     parser.add_argument("--out", type=Path, default=ROOT / "out/ablations")
     parser.add_argument("--figure", type=Path, default=ROOT / "assets/scaling.png")
-    args = parser.parse_args()
-    scaling = {name: [f"{variant} {size}".strip() for size in SIZES] for name, variant in TABLES["models"].items()}
-    work = [(variant, PAPER) for table in args.tables if table in TABLES for variant in TABLES[table].values()]
-    if "scaling" in args.tables:  # each size has a compute of its own, that of its Transfusion
-        work += [(variant, yardstick) for variants in scaling.values() for variant, yardstick in zip(variants, scaling["Transfusion"])]
-    work = list(dict.fromkeys(work))
+    args = parser.parse_args(argv)
+    if "scaling" in args.tables and not importlib.util.find_spec("matplotlib"):
+        raise SystemExit("error: the figure of scaling needs a package that is not installed: pip install matplotlib")
+    tables = {table: {row: (variant, PAPER) for row, variant in TABLES[table].items()} for table in args.tables if table in TABLES}
+    scaling = {}
+    if "scaling" in args.tables:  # each size has a compute of its own, that of its Transfusion; the preset's is the other tables'
+        yardsticks = [f"{TRANSFUSION} {size}" if size else PAPER for size in SIZES]
+        scaling = {name: [(f"{model} {size}".strip(), yardstick) for size, yardstick in zip(SIZES, yardsticks)] for name, model in TABLES["models"].items()}
+        tables["scaling"] = {f"{name}, {size or 'the preset'}": cell for name, cells in scaling.items() for size, cell in zip(SIZES, cells)}
+    work = list(dict.fromkeys(cell for table in tables.values() for cell in table.values()))
     for preset, name in ((PAPER, "vae"), (CHAMELEON, "vqvae")):
-        if any(preset.split()[1] in variant.split() for variant, _ in work + [(PAPER, PAPER)]) and not (args.out / name / "vae.pt").exists():
-            call(["vae.py", *preset.split()[:2], "--out", str(args.out / name)])
-    for variant, yardstick in work:
-        flops_per_step(variant, args.out), flops_per_step(yardstick, args.out)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for cell in [pool.submit(train_cell, variant, yardstick, seed, args) for seed in args.seeds for variant, yardstick in work]:
-            cell.result()
-    for table in args.tables:
-        if table in TABLES:
-            print_table(table, TABLES[table], args)
-    if "models" in args.tables:
-        print_sampling_time(TABLES["models"], args)
-    if "scaling" in args.tables:
-        print_table("scaling", {f"{name}, {size or 'the preset'}": variant for name, variants in scaling.items() for size, variant in zip(SIZES, variants)}, args)
+        path, used = args.out / name / "vae.pt", any((CHAMELEON in variant) == (preset == CHAMELEON) for variant, _ in work)
+        if (used or preset == PAPER) and not (path.exists() and load_checkpoint(path).get("done")):
+            call(["vae.py", *preset.split()[:2], "--out", str(path.parent), "--resume"])
+    cells = [(*folder(*cell, seed, args), cell[0], seed, args) for seed in args.seeds for cell in work]
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        for done in as_completed([pool.submit(train_cell, *cell) for cell in cells]):
+            done.result()
+    finally:  # of a failure, or Ctrl-C, in one cell: begin no others
+        pool.shutdown(cancel_futures=True)
+    for name, rows in tables.items():
+        print_table(name, rows, args)
+    if "models" in tables:
+        print_sampling_time(tables["models"], args)
+    if scaling:
         draw_scaling(args, scaling)
 
 
