@@ -150,7 +150,6 @@ class Tokenizer:
         """Ids -> str; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.pieces[i] for i in ids if i < len(self.pieces)).decode(errors="replace")
 
-
     def state(self):
         """What a checkpoint keeps of it: plain values, for `restore_tokenizer`."""
         return {"merges": self.merges}
@@ -589,15 +588,20 @@ def say(message):
 
 
 class Skipped:
-    """Counts what is left out, names each thing once on stderr, and raises ValueError when it is more than a share `most` of
+    """Counts what is left out, each thing once, names it on stderr, and raises ValueError when it is more than a share `most` of
     what was seen, or of 100. what: the plural of what is counted."""
 
     def __init__(self, what, most):
-        self.what, self.most, self.seen, self.skipped = what, most, 0, 0
+        self.what, self.most, self.seen, self.named = what, most, 0, set()
+
+    @property
+    def skipped(self):
+        """How many different things were left out."""
+        return len(self.named)
 
     def count(self, seen, messages=()):
         """`seen` more things, of which those that `messages` name were left out."""
-        self.seen, self.skipped = self.seen + seen, self.skipped + len(messages)
+        self.seen, self.named = self.seen + seen, self.named | set(messages)
         for message in messages:
             say(f"skipped: {message}")
         if messages and self.skipped > self.most * max(self.seen, 100):

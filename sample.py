@@ -574,7 +574,7 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [option.lstrip("-") for option in self._option_string_actions]
-            close = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), known, n=1, cutoff=0.4)
+            close = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), known, n=1, cutoff=0.6)
             sys.exit(f"error: unknown option {unknown[0]}; " + (f"did you mean --{close[0]}?" if close else "--help lists the options"))
         return found
 
@@ -610,6 +610,7 @@ def newest_checkpoint():
     found = sorted(Path("out").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise ValueError("no checkpoint under out/; train one first: python train.py --config small")
+    print(f"with {found[-1]}, the newest under out/", file=sys.stderr)
     return found[-1]
 
 

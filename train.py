@@ -154,7 +154,7 @@ SMALL = dict(
         merges=512,  # "at the top left" is one token instead of sixteen bytes
         text_fraction=0.0,  # departs (0.5): the captions are all the text there is to learn
         workers=0,  # a scene is drawn faster than sent from another process
-        caption_first=0.3,  # departs (0.8): drawing is learned sooner than describing, so most pairs teach the latter
+        caption_first=0.4,  # departs (0.8): drawing is learned sooner than describing, so most pairs teach the latter
     ),
     diffusion=dict(
         prediction="v",  # departs (eps): learns at least as fast, and no step divides by a vanishing alpha_t
@@ -198,6 +198,7 @@ PRESETS = {
     "rich": SMALL | dict(
         model=SMALL["model"] | dict(dim=384, n_layers=8, n_heads=6), data=SMALL["data"] | dict(grammar="rich", image_size=64, seq_len=512),
         autoencoder=SMALL["autoencoder"] | dict(channels=128, steps=10_000, batch=32), rows=32, max_steps=20_000, lr=1e-3, warmup=500, eval_every=2000,
+        compile="auto",
     ),
 }  # fmt: skip
 PARTS = {"model": TransfusionConfig, "data": DataConfig, "diffusion": DiffusionConfig, "autoencoder": VAEConfig}
@@ -418,6 +419,7 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        print("\nfinishing this step, then saving; once more stops at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
         for s, handler in self.previous.items():
@@ -535,6 +537,8 @@ class Run:
         if state and not {"optimizer", "tokenizer", "stream"} <= set(state):
             raise ValueError(f"{self.checkpoint}: is not a checkpoint of train.py")
         start = load(config.init_from) if config.init_from and not state and not is_llama(config.init_from) else None
+        if config.data.documents != "pairs" and not config.init_from and not state:
+            self.say(f"learning {config.data.documents} from nothing; --init_from out/small would start from a model that can draw")
         if state:
             self.tokenizer = restore_tokenizer(state["tokenizer"])
             self.vae = VAE(VAEConfig(**state["vae_config"])).to(self.device).eval()
@@ -581,7 +585,11 @@ class Run:
             self._restore(state)
         self.log_file = self.wandb = None
         if self.rank == 0:  # only now that nothing can be wrong with the options
-            self.log_file = (self.out / "log.jsonl").open("a" if state else "w")
+            for before in (self.checkpoint, self.out / "log.jsonl"):
+                if not state and before.exists() and before.stat().st_size:
+                    before.replace(before.with_stem(f"{before.stem}.old"))
+                    self.say(f"{before} of an earlier run is now {before.stem}.old{before.suffix}; --resume would have gone on with it")
+            self.log_file = (self.out / "log.jsonl").open("a")
             if state:
                 self.log_file.truncate(min(self.log_file.tell(), state.get("log", math.inf)))  # a killed run may have logged steps after its checkpoint
             if config.wandb:
