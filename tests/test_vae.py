@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import run_here
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae as vae_module
 from data import Scenes, to_pixels
@@ -131,6 +132,22 @@ def test_codes_are_those_of_the_nearest_vectors():
         assert distances[codes[n, i, j]] == pytest.approx(min(distances), abs=1e-5)
         assert torch.equal(vae.codebook.look_up(codes)[n, :, i, j], vae.codebook.vectors[codes[n, i, j]])
     torch.testing.assert_close(vae.decode_codes(codes), vae.decode(vae.encode(x, torch.randn(3, 8, 8, 8))))  # no draw changes a code
+
+
+def test_distances_are_one_matrix():
+    """With the paper's 16,384 vectors it is the largest tensor of a step."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **kwargs or {})
+            made.extend(t for t in [found] if torch.is_tensor(t) and t.shape == (50, 30))
+            return found
+
+    codebook, z = codebook_of(torch.randn(30, 4)), torch.randn(50, 4)
+    with Watch():
+        codes = codebook.nearest(z)
+    assert len(made) == 1 and torch.equal(codes, torch.cdist(z.double(), codebook.vectors.double()).argmin(1))
 
 
 def test_the_gradient_goes_straight_through():
