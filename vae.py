@@ -482,13 +482,16 @@ def load_checkpoint(path):
 
 
 def load_vae(path, device="cpu"):
-    """The VAE of a checkpoint written by train_vae or train.py, or a pretrained one (`load_pretrained`), in eval mode.
+    """The VAE of a checkpoint written by train_vae, at its end, or train.py, or a pretrained one (`load_pretrained`), in eval mode.
     Raises ValueError, naming the file."""
     if Path(path).is_dir() or Path(path).suffix == ".safetensors":
         return load_pretrained(path).to(device)
     state = load_checkpoint(path)
     if not isinstance(state, dict) or "vae_config" not in state:
         return from_latent_diffusion(state, path).to(device)
+    if "step" in state and not ("done" in state or "ema" in state):  # of train_vae, on the way; a checkpoint of train.py has a finished one
+        steps = state["vae_config"]["steps"]
+        raise ValueError(f"{path}: its training was stopped at step {state['step']:,} of {steps:,}; finish it first: the same command as then, with --resume")
     vae = VAE(VAEConfig(**state["vae_config"])).to(device)
     try:
         vae.load_state_dict(state["vae"])

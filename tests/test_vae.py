@@ -250,8 +250,11 @@ def test_interrupted_and_resumed_equals_straight(change, tmp_path):
         train_vae(config, pictures, tmp_path / "vae.pt", interrupted=lambda: next(asked))
     state = load_checkpoint(tmp_path / "vae.pt")
     assert state["step"] == 4 and not state.get("done")
+    with pytest.raises(ValueError, match="vae.pt: its training was stopped at step 4 of 8; finish it first: .* --resume"):
+        load_vae(tmp_path / "vae.pt")
     resumed = train_vae(config, pictures, tmp_path / "vae.pt", resume=True).state_dict()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert load_vae(tmp_path / "vae.pt").config == config
 
 
 def test_discriminator_plays_from_disc_start(tmp_path):
