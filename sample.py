@@ -138,7 +138,9 @@ class Decoder:
         self.sampler, self.eta, self.noisy = sampler, eta, needs_noise(sampler, eta)
         self.guidance_scale, self.top_k, self.top_p, self.on_text, self.on_step = guidance_scale, top_k, top_p, on_text, on_step
         self.n_patches, self.shape, self.limit = c.n_patches, (c.latent_channels, c.latent_size, c.latent_size), trained.config["data"]["seq_len"]
-        self.times, self.steps = np.array(trained.ddpm.schedule(steps) + [0]), steps  # the last: once more, clean
+        self.steps, self.times = steps, None
+        if c.images == "continuous":
+            self.times = np.array(trained.ddpm.schedule(steps) + [0])  # the last: once more, clean
         self.causal = c.image_attention == "causal"
         self.rows = [None] * places
         self.logits = torch.zeros(places, c.vocab_size, device=self.device)  # of each row's next token
@@ -328,7 +330,7 @@ class CodeDecoder(Decoder):
 
     def __init__(self, trained, places, *args, code_temperature, code_top_p, **options):
         super().__init__(trained, places, *args, **options)
-        self.code_temperature, self.code_top_p, self.steps = code_temperature, code_top_p, self.n_patches
+        self.code_temperature, self.code_top_p = code_temperature, code_top_p
         self.x = torch.zeros(places, self.n_patches, dtype=torch.long, device=self.device)  # the codes
 
     def embed_prompts(self, batch):
@@ -449,7 +451,7 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
     kind, device = Decoder, next(trained.model.parameters()).device
     if trained.model.config.images == "discrete":
         given = dict(code_temperature=code_temperature, code_top_p=code_top_p)
-        kind, options = CodeDecoder, options | {name: config[name] if value is None else value for name, value in given.items()}
+        kind, options = CodeDecoder, options | {"steps": n_patches} | {name: config[name] if value is None else value for name, value in given.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         decoder = kind(trained, min(max_batch, max(1, len(waiting))), min(slots, config["data"]["seq_len"]), max_images * len(waiting), **options)
         while waiting or any(decoder.rows):
@@ -663,7 +665,7 @@ def main(argv=None):
     parser.add_argument("--free", action="store_true", help="let the model decide when to draw, instead of drawing each prompt at once")
     parser.add_argument("--num", type=int, help="samples per prompt (default 4; 1 for captions; 8 without a prompt)")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample of each prompt (default 0); the next ones count on")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the preset's)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the preset's); a discrete model has none")
     parser.add_argument("--sampler", choices=SAMPLERS, help="(default: the preset's)")
     parser.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds, 0 to 1 (default 0)")
     parser.add_argument("--guidance_scale", type=float, help="1 = none (default: the preset's)")
@@ -697,15 +699,15 @@ def main(argv=None):
     seeds = [args.seed + n for _ in prompts for n in range(num)]
     drawing = bool(texts) and not args.free
     discrete = trained.model.config.images == "discrete"
-    if discrete:
-        args.steps = trained.model.config.n_patches
-    of_run = ["steps", "sampler", "guidance_scale"] + ["code_temperature", "code_top_p"] * discrete
+    if discrete and args.steps is not None:
+        raise ValueError(f"--steps is {args.steps}, but a discrete model has no denoising steps: it samples an image's {trained.model.config.n_patches} codes one by one")
+    of_run = ["code_temperature", "code_top_p", "guidance_scale"] if discrete else ["steps", "sampler", "guidance_scale"]
     settings = {name: trained.config[name] if getattr(args, name) is None else getattr(args, name) for name in of_run}
     settings |= {name: getattr(args, name) for name in ("eta", "top_k", "top_p")}
     settings["temperature"] = (0.0 if texts or image else 1.0) if args.temperature is None else args.temperature
     settings["max_images"] = max_images = (0 if image and not texts else 1) if args.max_images is None else args.max_images
     settings["max_tokens"] = 0 if drawing and max_images == 1 else args.max_tokens
-    terminal = Terminal(settings["steps"], args.gif, " ".join(["0:", *texts, ""]) if len(documents) == 1 else None)
+    terminal = Terminal(trained.model.config.n_patches if discrete else settings["steps"], args.gif, " ".join(["0:", *texts, ""]) if len(documents) == 1 else None)
     results = generate(
         trained, documents, seeds, **settings, draw=drawing, max_batch=args.max_batch, on_text=terminal.on_text, on_step=terminal.on_step
     )

@@ -484,7 +484,8 @@ def initial_model(config, tokenizer, start=None):
     c = config.model
     if start:
         theirs = asdict(start.model.config) | {"prediction": start.config["diffusion"]["prediction"]}
-        for name, ours in (("images", c.images), ("patch_size", c.patch_size), ("patch_encoder", c.patch_encoder), ("prediction", config.diffusion.prediction)):
+        for name, ours in (("images", c.images), ("patch_size", c.patch_size), ("patch_encoder", c.patch_encoder), ("image_attention", c.image_attention),
+                           ("prediction", config.diffusion.prediction)):  # fmt: skip
             if theirs[name] != ours:
                 raise ValueError(f"--init_from {config.init_from}: was trained with {name} {theirs[name]}; give --{name} {theirs[name]}")
         model = start.model.train()
@@ -519,7 +520,7 @@ class Run:
         if config.rows % (self.ranks * (config.micro_rows or 1)):
             times = f" times micro_rows, {config.micro_rows}" if config.micro_rows else ""
             raise ValueError(f"rows is {config.rows}; it must be a multiple of the {self.ranks} processes{times}")
-        self.mask = mask_for(config, self.device)
+        mask_for(config, self.device)  # if it cannot be, say so now
         if config.attention == "auto" and self.device.type == "cuda" and compiles(config, self.device) and config.data.seq_len % 128:
             self.say(f"attention is SDPA with a dense mask, which is slower: FlexAttention wants a --seq_len that is a multiple of 128, not {config.data.seq_len}")
         if config.wandb:
@@ -565,6 +566,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = (initial_model(config, self.tokenizer, start) if not state else Transfusion(c)).to(self.device)
         c, partly = config.model, set()
+        self.mask = mask_for(config, self.device)  # only now: a checkpoint's model may have taken the place of the command line's
         if config.freeze_text:
             n_special, n_all = c.vocab_size - self.tokenizer.bos, sum(p.numel() for p in self.model.parameters())
             n_trained = freeze_text(self.model, n_special)

@@ -50,6 +50,8 @@ class VAEConfig:
     norm_groups: int = 0  # of every group norm; 0 = 32, fewer where there are fewer channels
     kl_weight: float = 1e-6
     codebook: int = 0  # vectors of a VQ-VAE (the paper's has 16384); 0 = a KL-VAE
+    # Of a sum over a picture, as L1 is. VQ-VAE's and VQGAN's 0.25 is of means over elements: beside L1 3 H W / (C h w) times as strong, which is 12 times
+    # in chameleon, where after 600 steps it reconstructs less well: mean absolute error 0.058 of the range instead of 0.049 (means of two seeds).
     commitment_weight: float = 0.25
     perceptual_weight: float = 1.0  # LPIPS, when the package lpips is installed
     disc_weight: float = 0.5
@@ -164,7 +166,7 @@ class Codebook(nn.Module):
 
     def nearest(self, z):
         """Latents (M, C) -> the numbers of the vectors nearest to them (M,) int64."""
-        return (self.vectors.square().sum(1) - 2 * z @ self.vectors.T).argmin(1)  # |z - v|^2, without |z|^2
+        return torch.addmm(self.vectors.square().sum(1), z, self.vectors.T, alpha=-2).argmin(1)  # |z - v|^2, without |z|^2; one (M, K) matrix
 
     @torch.no_grad()
     def forward(self, z, generator=None):
@@ -480,13 +482,16 @@ def load_checkpoint(path):
 
 
 def load_vae(path, device="cpu"):
-    """The VAE of a checkpoint written by train_vae or train.py, or a pretrained one (`load_pretrained`), in eval mode.
+    """The VAE of a checkpoint written by train_vae, at its end, or train.py, or a pretrained one (`load_pretrained`), in eval mode.
     Raises ValueError, naming the file."""
     if Path(path).is_dir() or Path(path).suffix == ".safetensors":
         return load_pretrained(path).to(device)
     state = load_checkpoint(path)
     if not isinstance(state, dict) or "vae_config" not in state:
         return from_latent_diffusion(state, path).to(device)
+    if "step" in state and not ("done" in state or "ema" in state):  # of train_vae, on the way; a checkpoint of train.py has a finished one
+        steps = state["vae_config"]["steps"]
+        raise ValueError(f"{path}: its training was stopped at step {state['step']:,} of {steps:,}; finish it first: the same command as then, with --resume")
     vae = VAE(VAEConfig(**state["vae_config"])).to(device)
     try:
         vae.load_state_dict(state["vae"])

@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, flags, generated, image, picture, run_here, same, tiny_model, tiny_trained
+from PIL import Image
 
+import sample
 from attention_mask import transfusion_mask
 from data import NO_LOSS, Tokenizer, collate, fill_codes
 from diffusion import DDPM
@@ -185,6 +187,18 @@ def test_top_p_and_temperature_of_codes(talker):
     for wrong in (dict(code_temperature=-1.0), dict(code_top_p=0.0)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             draw(**wrong)
+
+
+def test_an_image_may_have_more_codes_than_the_schedule_has_steps(tmp_path, monkeypatch, capsys):
+    """As the paper's has, 1024; by the command line, whose bar counts them. There are no denoising steps to choose."""
+    model = tiny_model(side=32, vocab_size=V + CODES, images="discrete", n_layers=1)
+    monkeypatch.setattr(sample, "load", lambda path, device: tiny_trained(model, seq_len=1032))
+    command = ["--ckpt", "it", "--prompt", "a", "--num", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    sample.main(command)
+    drawn = Image.open(tmp_path / "out/000.png")
+    assert drawn.size == (32, 32) and "/1024 [" in capsys.readouterr().err and "steps" not in drawn.info["settings"]
+    with pytest.raises(ValueError, match="--steps is 5, but a discrete model has no denoising steps"):
+        sample.main([*command, "--steps", "5"])
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------

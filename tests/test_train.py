@@ -19,7 +19,7 @@ from data import Scenes
 from model import SIZES
 from sample import load
 from train import PRESETS, Config, Run, build, learning_rate, options, parse, report_errors
-from vae import load_checkpoint, save_checkpoint
+from vae import load_checkpoint, load_vae, save_checkpoint
 
 
 def config_of(out, **change):
@@ -57,6 +57,7 @@ def test_everything_in_the_checkpoint_loads_with_weights_only(small_run):
     assert {"config", "step", "tokenizer", "vae_config", "model", "ema", "optimizer", "vae", "stream"} <= state.keys()
     trained = load(path.parent)  # the folder will do
     assert trained.model.config.vocab_size == trained.tokenizer.vocab_size and not trained.model.training
+    assert_same_weights(load_vae(path).state_dict(), trained.vae.state_dict())  # the VAE of a checkpoint is done, whatever its step
 
 
 def test_sample_and_evaluate_as_processes(small_run, tmp_path):
@@ -143,8 +144,11 @@ def test_ctrl_c_while_the_vae_trains(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
     state = load_checkpoint(tmp_path / "stopped/vae.pt")
     assert 0 < state["step"] < 6 and not state.get("done")
+    message = complaint("train.py", *flags(**TINY | dict(out=tmp_path / "other", vae=tmp_path / "stopped/vae.pt")))
+    assert "vae.pt: its training was stopped at step" in message and "--resume" in message
     resumed = Run(config_of(tmp_path / "stopped", **change), resume=True)
     assert_same_weights(straight.vae.state_dict(), resumed.vae.state_dict())
+    assert_same_weights(load_vae(tmp_path / "stopped/vae.pt").state_dict(), resumed.vae.state_dict())
 
 
 def test_steps_saved_and_resumed_equal_steps_in_a_row(trained_vae, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import run_here
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae as vae_module
 from data import Scenes, to_pixels
@@ -133,6 +134,22 @@ def test_codes_are_those_of_the_nearest_vectors():
     torch.testing.assert_close(vae.decode_codes(codes), vae.decode(vae.encode(x, torch.randn(3, 8, 8, 8))))  # no draw changes a code
 
 
+def test_distances_are_one_matrix():
+    """With the paper's 16,384 vectors it is the largest tensor of a step."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **kwargs or {})
+            made.extend(t for t in [found] if torch.is_tensor(t) and t.shape == (50, 30))
+            return found
+
+    codebook, z = codebook_of(torch.randn(30, 4)), torch.randn(50, 4)
+    with Watch():
+        codes = codebook.nearest(z)
+    assert len(made) == 1 and torch.equal(codes, torch.cdist(z.double(), codebook.vectors.double()).argmin(1))
+
+
 def test_the_gradient_goes_straight_through():
     """What the decoder asks of the quantised latents reaches the encoder's as it is; the commitment loss pulls these to their vectors."""
     z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -233,8 +250,11 @@ def test_interrupted_and_resumed_equals_straight(change, tmp_path):
         train_vae(config, pictures, tmp_path / "vae.pt", interrupted=lambda: next(asked))
     state = load_checkpoint(tmp_path / "vae.pt")
     assert state["step"] == 4 and not state.get("done")
+    with pytest.raises(ValueError, match="vae.pt: its training was stopped at step 4 of 8; finish it first: .* --resume"):
+        load_vae(tmp_path / "vae.pt")
     resumed = train_vae(config, pictures, tmp_path / "vae.pt", resume=True).state_dict()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert load_vae(tmp_path / "vae.pt").config == config
 
 
 def test_discriminator_plays_from_disc_start(tmp_path):

@@ -14,7 +14,7 @@ import vae as vae_module
 from data import DataConfig, Tokenizer
 from diffusion import DDPM
 from sample import Trained, export, generate, load
-from train import Config
+from train import Config, Run, parse
 from vae import VAE, VAEConfig, save_checkpoint, standardise, write_safetensors
 
 SMALL_VAE = dict(channels=16, channel_multiples=(1, 2), n_res=0, latent_channels=3, mid_attention=False)
@@ -176,6 +176,7 @@ def test_training_starts_from_our_own(small_run, tmp_path):
     (dict(init_from="shardless"), "shardless/model.safetensors: no such file"),
     (dict(init_from="ours", patch_size=1), "trained with patch_size 4; give --patch_size 4"),
     (dict(init_from="ours", patch_encoder="unet"), "trained with patch_encoder linear; give --patch_encoder linear"),
+    (dict(init_from="ours", image_attention="causal"), "trained with image_attention bidirectional; give --image_attention bidirectional"),
     (dict(init_from="ours", prediction="eps"), "trained with prediction v; give --prediction v"),
     (dict(init_from="ours", vae="other.pt"), "--vae .*other.pt: has latents of 3 channels, 2 pixels apart, but the checkpoint was trained on latents of 4 channels, 4 pixels apart"),
     (dict(vae="broken.safetensors"), "broken.safetensors: is not a safetensors file"),
@@ -190,6 +191,21 @@ def test_what_cannot_be_started_from_is_refused(options, message, small_run, tmp
     options = {name: places.get(value, tmp_path / value) if name in ("init_from", "vae") else value for name, value in options.items()}
     code, _, err = train(tmp_path, "a", merges=0, **options)
     assert code == 1 and re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("theirs, ours", [("causal", "bidirectional"), ("bidirectional", "causal")])
+def test_the_mask_is_that_of_the_model_that_is_trained(theirs, ours, trained_vae, tmp_path):
+    """And so of the stored configuration: with --init_from and with --resume, whatever stands on the command line."""
+    config = lambda name, **options: parse(flags(**TINY | dict(device="cpu", vae=trained_vae, out=tmp_path / name) | options))[0]
+    Run(config("first", image_attention=theirs)).save()
+    options = dict(init_from=tmp_path / "first/checkpoint.pt")
+    with pytest.raises(ValueError, match=f"was trained with image_attention {theirs}; give --image_attention {theirs}"):
+        Run(config("second", image_attention=ours, **options))
+    for attention, resume in ((theirs, False), (ours, True)):
+        run = Run(config("second", image_attention=attention, **options), resume)
+        assert run.config.model.image_attention == run.model.config.image_attention == theirs
+        assert torch.equal(run.mask(torch.zeros(1, 2, dtype=torch.long))[0, 0], torch.tensor([[True, theirs == "bidirectional"], [True, True]]))
+        run.save()
 
 
 def test_another_vae_is_refused_when_training_goes_on(small_run, tmp_path):
