@@ -203,14 +203,18 @@ def judge_change(before, after, pixels_before, pixels, grammar):
     """Has a picture changed as its scene did, from the Scene `before` to `after`? -> {"all", "scene", "changed", "kept": bool}.
 
     scene: the new picture shows `after`, as `judge` sees it; changed: what was asked is done; kept: all else is as the picture
-    before has it, right or wrong: the background, the number of objects, their colours, shapes, and centres, which may be 1/32
-    of the side off; all: the three together.
+    before has it, right or wrong: the background, the number of objects, their colours, shapes, centres (a moved object's: moved by
+    what was asked), which may be 1/32 of the side off, and widths, which may be 2/32 off; all: the three together.
     """
     (old,), (new,) = ([s for s in a.shapes if s not in b.shapes] or [None] for a, b in ((before, after), (after, before)))
     (ground, was), (ground_now, now) = (read_places(p, grammar) for p in (pixels_before, pixels))
 
-    def same(a, b, colour=True, place=True):
-        return a.kind == b.kind and (a.colour == b.colour or not colour) and (max(abs(a.x - b.x), abs(a.y - b.y)) < 1.01 / 32 or not place)
+    def as_wide(a, b):
+        return abs(a.width - b.width) < 2.01 / 32
+
+    def same(a, b, colour=True, dx=0.0, dy=0.0):
+        """Is b the object a, moved by (dx, dy)?"""
+        return a.kind == b.kind and (a.colour == b.colour or not colour) and max(abs(a.x + dx - b.x), abs(a.y + dy - b.y)) < 1.01 / 32 and as_wide(a, b)
 
     others, others_now = ({place: blob for place, blob in blobs.items() if place not in [s.place for s in (old, new) if s]} for blobs in (was, now))
     kept = ground == ground_now and others.keys() == others_now.keys() and all(same(blob, others_now[place]) for place, blob in others.items())
@@ -218,11 +222,12 @@ def judge_change(before, after, pixels_before, pixels, grammar):
     if not new:
         changed = not left
     elif not old:
-        changed = bool(taken) and (taken.colour, taken.kind) == (new.colour, new.kind)
+        changed = bool(taken) and (taken.colour, taken.kind) == (new.colour, new.kind) and as_wide(taken, read_places(after.render(), grammar)[1][new.place])
     else:
         moved, blob, blob_now = old.place != new.place, was.get(old.place), taken or left
         changed = bool(taken) and (not left if moved else taken.colour == new.colour)
-        kept = kept and bool(blob and blob_now) and same(blob, blob_now, colour=moved, place=not moved)
+        way = (new.x - old.x, new.y - old.y) if taken else (0.0, 0.0)  # what was not moved is to be as it was
+        kept = kept and bool(blob and blob_now) and same(blob, blob_now, moved, *way)
     scene = judge(after.caption, pixels, grammar)["all"]
     return {"all": scene and changed and kept, "scene": scene, "changed": changed, "kept": kept}
 
