@@ -356,8 +356,9 @@ class Stories:
     """Scenes that change, one thing at a time, as an instruction says. example(i) is always the same.
 
     changes: how many; each is of another of KINDS. With one, a story is an edit: a scene, an instruction, the scene after it
-    split: as of Scenes; a story belongs where its rarest scene does, so that no scene of a training story is of a held-out
-        combination. Training has TRAINED stories, over and over
+    split: as of Scenes. No scene of a training story is held out or never seen; a held-out (or never-seen) story ends in such a
+        scene, so that what an edit draws is one. Nothing is removed in held-out stories: one object alone is no combination.
+        Training has TRAINED stories, over and over
     """
 
     KINDS = ("recolour", "move", "remove", "add")
@@ -370,15 +371,15 @@ class Stories:
         """Story number `index`: its Scenes, one more than there are changes, and the instructions between them."""
         index, splits = index % self.TRAINED if self.split == "train" else index, Scenes.SPLITS
         rng = np.random.default_rng([self.seed, 10, splits.index(self.split), index])
-        kinds = rng.permutation(self.KINDS)[: self.changes]
+        kinds = rng.permutation([kind for kind in self.KINDS if (self.split, kind) != ("held_out", "remove")])[: self.changes]
         while True:
             scenes, instructions = [self.scenes._arrange(self.scenes._draw_pairs(rng), rng)], []
             for kind in kinds:
                 instruction, scene = self._change(scenes[-1], kind, rng)
                 instructions.append(instruction)
                 scenes.append(scene)
-            rarest = max((split_of([(s.colour, s.kind) for s in scene.shapes]) for scene in scenes), key=splits.index)
-            if all(instructions) and rarest == ("train" if self.split == "seen" else self.split):
+            found = [split_of([(s.colour, s.kind) for s in scene.shapes]) for scene in scenes]
+            if all(instructions) and max(found, key=splits.index) == found[-1] == ("train" if self.split == "seen" else self.split):
                 return scenes, instructions
 
     def _change(self, scene, kind, rng):

@@ -13,7 +13,7 @@ from conftest import TINY, flags, run_here, tiny_model, tiny_trained
 from PIL import Image
 
 import evaluate as evaluate_module
-from data import COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, PLACES, DataConfig, Documents, Picture, Scenes, Shape, Stories, Tokenizer, collate, held_out_combination, open_pairs
+from data import COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, PLACES, DataConfig, Documents, Picture, Scenes, Shape, Stories, Tokenizer, collate, held_out_combination, open_pairs, split_of
 from evaluate import CHANGE_ASPECTS, evaluate, format_scores, judge, judge_change, story_accuracy, tell
 from sample import captioned
 from train import Run, losses, parse
@@ -87,6 +87,16 @@ def test_no_scene_of_training_is_held_out(changes):
             never_seen = any(pair in NEVER_SEEN for pairs in objects for pair in pairs)
             held_out = any(held_out_combination(*two) for pairs in objects for two in itertools.combinations(pairs, 2))
             assert never_seen == (split == "never_seen") and (held_out == (split == "held_out") or never_seen)
+
+
+@pytest.mark.parametrize("grammar, image_size, changes", [("places", 32, 1), ("places", 32, 2), ("rich", 64, 1)])
+def test_what_is_drawn_last_is_of_the_split(grammar, image_size, changes):
+    """An edit's output, whatever its input; and every kind of change that can lead there does."""
+    for split in Scenes.SPLITS:
+        found = stories(150, grammar=grammar, image_size=image_size, split=split, changes=changes)
+        assert {split_of([(s.colour, s.kind) for s in scenes[-1].shapes]) for scenes, _ in found} == {"train" if split == "seen" else split}
+        kinds = {text.split()[0] for _, texts in found for text in texts}
+        assert kinds == {"make", "move", "add"} | ({"remove"} if split != "held_out" else set())
 
 
 def test_training_has_8192_edits():
@@ -278,11 +288,11 @@ def test_scores_count_what_is_right(kind, rows, wrong, monkeypatch):
     monkeypatch.setattr(evaluate_module, "generate", teller([source[split].example(i) for split in SPLITS for i in range(20)], wrong))
     scores = evaluate(untrained(kind), judged=20)
     assert list(scores["splits"]) == list(SPLITS) and json.loads(json.dumps(scores)) == scores
-    for found in scores["splits"].values():
-        changes = found["changes"]
-        assert set(changes) == rows | {"make", "move", "remove", "add"}
+    for split, found in scores["splits"].items():
+        changes, kinds = found["changes"], {"make", "move", "add"} | ({"remove"} if split != "held_out" else set())
+        assert set(changes) == rows | kinds
         assert all(changes[row]["all"] == (20 - wrong) / 20 and changes[row]["n"] == 20 for row in rows)
-        assert sum(changes[kind]["n"] for kind in ("make", "move", "remove", "add")) == 20 * (1 if kind == "edits" else 2)
+        assert sum(changes[word]["n"] for word in kinds) == 20 * (1 if kind == "edits" else 2)
     table = format_scores(scores)
     assert all(f"{split.replace('_', ' ')}, {row}" in table for split in SPLITS for row in rows) and "kept" in table and "perplexity" not in table
     assert f"{100 * (20 - wrong) / 20:.1f}" in table
