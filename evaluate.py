@@ -277,8 +277,8 @@ def tell(trained, stories, seed=0):
 
 
 def story_accuracy(trained, stories, grammar, seed=0):
-    """Have stories drawn and judge them -> {what: {aspect: share, "n": of how many}}. what: "edits"; or "stories", right if all of their
-    pictures are, and "picture 1" and so on; then the changes once more, by the first word of their instruction."""
+    """Have stories drawn, their instructions given, and judge them -> {what: {aspect: share, "n": of how many}}. what: "edits"; or "stories",
+    right if all of their pictures are, and "picture 1" and so on; then the changes once more, by the first word of their instruction."""
     whole, by_word = defaultdict(list), defaultdict(list)
     for (scenes, instructions), document in zip(stories, tell(trained, stories, seed)):
         pictures = [np.array(part) for part in document if not isinstance(part, str)]
@@ -292,6 +292,25 @@ def story_accuracy(trained, stories, grammar, seed=0):
             whole["edits" if len(verdicts) == 1 else f"picture {k}"].append(verdict)
     rows = whole | dict(sorted(by_word.items()))
     return {what: {aspect: float(np.mean([v[aspect] for v in found])) for aspect in found[0]} | {"n": len(found)} for what, found in rows.items()}
+
+
+def own_story_accuracy(trained, stories, source, seed=0):
+    """As `story_accuracy`, but of each story only the first caption is given: the model, which goes on as sample.py lets it, writes the
+    instructions itself. "own instructions": those that the scene allows; "own stories":
+    those in which all are such, and all pictures right."""
+    number, grammar = 1 + source.changes, source.scenes.grammar
+    documents = generate(trained, [[scenes[0].caption] for scenes, _ in stories], range(seed, seed + len(stories)), max_images=number)
+    told, right = [], []
+    for (scenes, _), document in zip(stories, documents):
+        scene, parts = scenes[0], [*document[1:], *[None] * 2 * number]  # picture, instruction, picture, ...
+        verdicts = [isinstance(parts[0], Image.Image) and judge(scene.caption, np.array(parts[0]), grammar)["all"]]
+        for last, text, picture in zip(parts[0::2], parts[1::2], parts[2 : 2 * number : 2]):
+            before, scene = scene, source.following(scene).get(text.strip()) if scene and isinstance(text, str) else None
+            told.append(scene is not None)
+            drawn = all(isinstance(part, Image.Image) for part in (last, picture))
+            verdicts.append(told[-1] and drawn and judge_change(before, scene, np.array(last), np.array(picture), grammar)["all"])
+        right.append(all(verdicts))
+    return {what: {"all": float(np.mean(found)), "n": len(found)} for what, found in (("own instructions", told), ("own stories", right))}
 
 
 def write_captions(trained, pictures, progress=lambda x: x):
@@ -342,7 +361,10 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", cl
         pairs = open_pairs(data, split, seed)
         if data.documents != "pairs":
             stories = [pairs.example(i) for i in range(judged)]
-            scores["splits"][split] = {"n": judged, "changes": story_accuracy(trained, stories, data.grammar, seed)}
+            changes = story_accuracy(trained, stories, data.grammar, seed)
+            if data.documents == "stories":
+                changes |= own_story_accuracy(trained, stories, pairs, seed)
+            scores["splits"][split] = {"n": judged, "changes": changes}
             continue
         numbers = fitting(pairs, judged, trained.tokenizer, data.seq_len, trained.model.config.n_patches)
         n, at = len(numbers), lambda i, numbers=numbers: numbers[i % len(numbers)]
