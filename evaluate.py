@@ -296,8 +296,8 @@ def story_accuracy(trained, stories, grammar, seed=0):
 
 def own_story_accuracy(trained, stories, source, seed=0):
     """As `story_accuracy`, but of each story only the first caption is given: the model, which goes on as sample.py lets it, writes the
-    instructions itself. "own instructions": those that the scene allows; "own stories":
-    those in which all are such, and all pictures right."""
+    instructions itself. "own words": the share of instructions that the scene allows; "own stories": of stories in which all are such and
+    all pictures right."""
     number, grammar = 1 + source.changes, source.scenes.grammar
     documents = generate(trained, [[scenes[0].caption] for scenes, _ in stories], range(seed, seed + len(stories)), max_images=number)
     told, right = [], []
@@ -310,7 +310,7 @@ def own_story_accuracy(trained, stories, source, seed=0):
             drawn = all(isinstance(part, Image.Image) for part in (last, picture))
             verdicts.append(told[-1] and drawn and judge_change(before, scene, np.array(last), np.array(picture), grammar)["all"])
         right.append(all(verdicts))
-    return {what: {"all": float(np.mean(found)), "n": len(found)} for what, found in (("own instructions", told), ("own stories", right))}
+    return {what: {"all": float(np.mean(found)), "n": len(found)} for what, found in (("own words", told), ("own stories", right))}
 
 
 def write_captions(trained, pictures, progress=lambda x: x):

@@ -309,7 +309,7 @@ def test_scores_count_what_is_right(kind, rows, wrong, monkeypatch):
     assert list(scores["splits"]) == list(SPLITS) and json.loads(json.dumps(scores)) == scores
     for split, found in scores["splits"].items():
         changes, kinds = found["changes"], {"make", "move", "add"} | ({"remove"} if split != "held_out" else set())
-        assert set(changes) == rows | kinds | ({"own instructions"} if kind == "stories" else set())
+        assert set(changes) == rows | kinds | ({"own words"} if kind == "stories" else set())
         assert all(changes[row]["all"] == (20 - wrong) / 20 and changes[row]["n"] == 20 for row in rows)
         assert sum(changes[word]["n"] for word in kinds) == 20 * (1 if kind == "edits" else 2)
     table = format_scores(scores)
@@ -348,7 +348,7 @@ def test_a_story_may_be_of_the_models_own_words(told, own, monkeypatch):
     document = [Image.fromarray(pictures[part].render()) if part in pictures else part for part in parts]
     monkeypatch.setattr(evaluate_module, "generate", lambda trained, documents, *_, max_images: [[*d, *document] for d in documents] * (max_images == 3))
     found = own_story_accuracy(untrained("stories"), [([TWO], [])], Stories(changes=2))
-    assert found == {"own instructions": {"all": own[0] / 2, "n": 2}, "own stories": {"all": own[1], "n": 1}}
+    assert found == {"own words": {"all": own[0] / 2, "n": 2}, "own stories": {"all": own[1], "n": 1}}
 
 
 @pytest.mark.parametrize("kind", ["edits", "stories"])
