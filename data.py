@@ -187,6 +187,7 @@ GRAMMARS = {  # kinds of shape, most objects, cells a side of the grid of places
 PLACES = {2: ("top left", "top right", "bottom left", "bottom right"),
           3: ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")}  # fmt: skip
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}  # direction from second to first
+WIDTHS = {"": 0.375, "small": 0.16, "large": 0.26}
 NEVER_SEEN = {("green", "triangle"), ("purple", "circle"), ("yellow", "square"), ("cyan", "cross")}  # in no training picture
 
 
@@ -328,9 +329,7 @@ class Scenes:
             jitter = rng.uniform(-1, 1, (len(pairs), 2)) * (0.03 if self.cells == 2 else 0.02)
             centres = [(np.array([c % self.cells, c // self.cells]) + 0.5) / self.cells + j for c, j in zip(cells, jitter)]
             places = [PLACES[self.cells][c] for c in cells]
-        unit = 0.375 if self.cells == 2 or not self.cells else 0.25
-        width = {"": unit, "small": 0.16, "large": 0.26}
-        shapes = [Shape(colour, kind, size, float(c[0]), float(c[1]), width[size], place)
+        shapes = [Shape(colour, kind, size, float(c[0]), float(c[1]), WIDTHS[size], place)
                   for (colour, kind), size, c, place in zip(pairs, sizes, centres, places)]  # fmt: skip
         return Scene(tuple(shapes), self.image_size, relation, background, tell_background)
 
@@ -355,8 +354,9 @@ class Stories:
     """Scenes that change, one thing at a time, as an instruction says. example(i) is always the same.
 
     changes: how many; each is of another of KINDS. With one, a story is an edit: a scene, an instruction, the scene after it
-    split: as of Scenes; a story belongs where its rarest scene does, so that no scene of a training story is of a held-out
-        combination. Training has TRAINED stories, over and over
+    split: as of Scenes. No scene of a training story is held out or never seen; a held-out (or never-seen) story ends in such a
+        scene, so that what an edit draws is one. Nothing is removed in held-out stories: one object alone is no combination.
+        Training has TRAINED stories, over and over
     """
 
     KINDS = ("recolour", "move", "remove", "add")
@@ -369,15 +369,15 @@ class Stories:
         """Story number `index`: its Scenes, one more than there are changes, and the instructions between them."""
         index, splits = index % self.TRAINED if self.split == "train" else index, Scenes.SPLITS
         rng = np.random.default_rng([self.seed, 10, splits.index(self.split), index])
-        kinds = rng.permutation(self.KINDS)[: self.changes]
+        kinds = rng.permutation([kind for kind in self.KINDS if (self.split, kind) != ("held_out", "remove")])[: self.changes]
         while True:
             scenes, instructions = [self.scenes._arrange(self.scenes._draw_pairs(rng), rng)], []
             for kind in kinds:
                 instruction, scene = self._change(scenes[-1], kind, rng)
                 instructions.append(instruction)
                 scenes.append(scene)
-            rarest = max((split_of([(s.colour, s.kind) for s in scene.shapes]) for scene in scenes), key=splits.index)
-            if all(instructions) and rarest == ("train" if self.split == "seen" else self.split):
+            found = [split_of([(s.colour, s.kind) for s in scene.shapes]) for scene in scenes]
+            if all(instructions) and max(found, key=splits.index) == found[-1] == ("train" if self.split == "seen" else self.split):
                 return scenes, instructions
 
     def _change(self, scene, kind, rng):
@@ -396,12 +396,9 @@ class Stories:
         if kind == "recolour":
             colour = one([colour for colour in COLOURS if colour != shape.colour])
             shapes[i], instruction = replace(shape, colour=colour), f"make {the} {colour}"
-        elif kind == "move":  # by whole cells: the scene and the instruction leave nothing open
-            place = one(free)
-            (row, column), (row_before, column_before) = (divmod(PLACES[cells].index(p), cells) for p in (place, shape.place))
-            shapes[i] = replace(shape, place=place, x=shape.x + (column - column_before) / cells, y=shape.y + (row - row_before) / cells)
-            side = [word for word in place.split() if word not in shape.place]
-            instruction = f"move {the} to the {one([place, *side]) if cells == 2 and len(side) == 1 else place}"
+        elif kind == "move":
+            shapes[i], words = moved(shape, one(free), cells)
+            instruction = f"move {the} to the {one(words)}"
         elif kind == "remove":
             del shapes[i]
             instruction = f"remove {the}"
@@ -409,6 +406,26 @@ class Stories:
             shapes.append(new)
             instruction = f"add {new}"
         return instruction, replace(scene, shapes=tuple(shapes))
+
+    def following(self, scene):
+        """Every instruction that a scene allows, to understand what others write -> {instruction: the Scene after it}. What is added stands
+        in the middle of its place."""
+        shapes, cells, found = list(scene.shapes), self.scenes.cells, {}
+        free = [place for place in PLACES[cells] if place not in {s.place for s in shapes}]
+        for i, shape in enumerate(shapes):
+            others = shapes[:i], shapes[i + 1 :]
+            for the in references(shape, shapes):
+                changed = {f"make {the} {colour}": [replace(shape, colour=colour)] for colour in COLOURS if colour != shape.colour}
+                for place in free:
+                    there, words = moved(shape, place, cells)
+                    changed |= {f"move {the} to the {word}": [there] for word in words}
+                changed |= {f"remove {the}": []} if len(shapes) > 1 else {}
+                found |= {text: [*others[0], *new, *others[1]] for text, new in changed.items()}
+        for size, (colour, kind), place in itertools.product(self.scenes.sizes, self.scenes.pairs, free if len(shapes) < self.scenes.most else ()):
+            row, column = divmod(PLACES[cells].index(place), cells)
+            new = Shape(colour, kind, size, (column + 0.5) / cells, (row + 0.5) / cells, WIDTHS[size], place)
+            found[f"add {new}"] = [*shapes, new]
+        return {text: replace(scene, shapes=tuple(now)) for text, now in found.items()}
 
     def pair(self, index):
         """A picture of a story, and the text before it: the caption of the first, the instruction for the others; as `Scenes.pair`."""
@@ -419,6 +436,14 @@ class Stories:
     def name(self, index):
         """What messages call it."""
         return f"story {index}"
+
+
+def moved(shape, place, cells):
+    """An object at another place, and the words that say so: "top left", or the side alone. By whole cells: they leave nothing open."""
+    (row, column), (row_before, column_before) = (divmod(PLACES[cells].index(p), cells) for p in (place, shape.place))
+    side = [word for word in place.split() if word not in shape.place]
+    there = replace(shape, place=place, x=shape.x + (column - column_before) / cells, y=shape.y + (row - row_before) / cells)
+    return there, [place, *side] if cells == 2 and len(side) == 1 else [place]
 
 
 def references(shape, shapes):
@@ -559,7 +584,8 @@ class Documents:
     def _story(self, number):
         """caption <BOI> picture <EOI> instruction <BOI> picture <EOI> ...: a picture that is sampled has finished ones before it. So one
         picture is picked: those before it are clean, without a diffusion loss, and from it on all are noised. The later ones are
-        picked more often, for they must learn to look at pictures; the first has words alone, as in a pair."""
+        picked more often, for they must learn to look at pictures; the first has words alone, as in a pair. Those after it see a noised
+        picture before them, as in the paper's training, which sampling never shows."""
         scenes, instructions = self.pairs.example(number)
         u, drop = np.random.default_rng([self.seed, 7, number]).random(2)
         picked = int(len(scenes) * u**0.5)  # of three pictures: 1, 3 and 5 times in 9

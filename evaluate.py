@@ -203,14 +203,18 @@ def judge_change(before, after, pixels_before, pixels, grammar):
     """Has a picture changed as its scene did, from the Scene `before` to `after`? -> {"all", "scene", "changed", "kept": bool}.
 
     scene: the new picture shows `after`, as `judge` sees it; changed: what was asked is done; kept: all else is as the picture
-    before has it, right or wrong: the background, the number of objects, their colours, shapes, and centres, which may be 1/32
-    of the side off; all: the three together.
+    before has it, right or wrong: the background, the number of objects, their colours, shapes, centres (a moved object's: moved by
+    what was asked), which may be 1/32 of the side off, and widths, which may be 2/32 off; all: the three together.
     """
     (old,), (new,) = ([s for s in a.shapes if s not in b.shapes] or [None] for a, b in ((before, after), (after, before)))
     (ground, was), (ground_now, now) = (read_places(p, grammar) for p in (pixels_before, pixels))
 
-    def same(a, b, colour=True, place=True):
-        return a.kind == b.kind and (a.colour == b.colour or not colour) and (max(abs(a.x - b.x), abs(a.y - b.y)) < 1.01 / 32 or not place)
+    def as_wide(a, b):
+        return abs(a.width - b.width) < 2.01 / 32
+
+    def same(a, b, colour=True, dx=0.0, dy=0.0):
+        """Is b the object a, moved by (dx, dy)?"""
+        return a.kind == b.kind and (a.colour == b.colour or not colour) and max(abs(a.x + dx - b.x), abs(a.y + dy - b.y)) < 1.01 / 32 and as_wide(a, b)
 
     others, others_now = ({place: blob for place, blob in blobs.items() if place not in [s.place for s in (old, new) if s]} for blobs in (was, now))
     kept = ground == ground_now and others.keys() == others_now.keys() and all(same(blob, others_now[place]) for place, blob in others.items())
@@ -218,11 +222,12 @@ def judge_change(before, after, pixels_before, pixels, grammar):
     if not new:
         changed = not left
     elif not old:
-        changed = bool(taken) and (taken.colour, taken.kind) == (new.colour, new.kind)
+        changed = bool(taken) and (taken.colour, taken.kind) == (new.colour, new.kind) and as_wide(taken, read_places(after.render(), grammar)[1][new.place])
     else:
         moved, blob, blob_now = old.place != new.place, was.get(old.place), taken or left
         changed = bool(taken) and (not left if moved else taken.colour == new.colour)
-        kept = kept and bool(blob and blob_now) and same(blob, blob_now, colour=moved, place=not moved)
+        way = (new.x - old.x, new.y - old.y) if taken else (0.0, 0.0)  # what was not moved is to be as it was
+        kept = kept and bool(blob and blob_now) and same(blob, blob_now, moved, *way)
     scene = judge(after.caption, pixels, grammar)["all"]
     return {"all": scene and changed and kept, "scene": scene, "changed": changed, "kept": kept}
 
@@ -272,8 +277,8 @@ def tell(trained, stories, seed=0):
 
 
 def story_accuracy(trained, stories, grammar, seed=0):
-    """Have stories drawn and judge them -> {what: {aspect: share, "n": of how many}}. what: "edits"; or "stories", right if all of their
-    pictures are, and "picture 1" and so on; then the changes once more, by the first word of their instruction."""
+    """Have stories drawn, their instructions given, and judge them -> {what: {aspect: share, "n": of how many}}. what: "edits"; or "stories",
+    right if all of their pictures are, and "picture 1" and so on; then the changes once more, by the first word of their instruction."""
     whole, by_word = defaultdict(list), defaultdict(list)
     for (scenes, instructions), document in zip(stories, tell(trained, stories, seed)):
         pictures = [np.array(part) for part in document if not isinstance(part, str)]
@@ -287,6 +292,25 @@ def story_accuracy(trained, stories, grammar, seed=0):
             whole["edits" if len(verdicts) == 1 else f"picture {k}"].append(verdict)
     rows = whole | dict(sorted(by_word.items()))
     return {what: {aspect: float(np.mean([v[aspect] for v in found])) for aspect in found[0]} | {"n": len(found)} for what, found in rows.items()}
+
+
+def own_story_accuracy(trained, stories, source, seed=0):
+    """As `story_accuracy`, but of each story only the first caption is given: the model, which goes on as sample.py lets it, writes the
+    instructions itself. "own words": the share of instructions that the scene allows; "own stories": of stories in which all are such and
+    all pictures right."""
+    number, grammar = 1 + source.changes, source.scenes.grammar
+    documents = generate(trained, [[scenes[0].caption] for scenes, _ in stories], range(seed, seed + len(stories)), max_images=number)
+    told, right = [], []
+    for (scenes, _), document in zip(stories, documents):
+        scene, parts = scenes[0], [*document[1:], *[None] * 2 * number]  # picture, instruction, picture, ...
+        verdicts = [isinstance(parts[0], Image.Image) and judge(scene.caption, np.array(parts[0]), grammar)["all"]]
+        for last, text, picture in zip(parts[0::2], parts[1::2], parts[2 : 2 * number : 2]):
+            before, scene = scene, source.following(scene).get(text.strip()) if scene and isinstance(text, str) else None
+            told.append(scene is not None)
+            drawn = all(isinstance(part, Image.Image) for part in (last, picture))
+            verdicts.append(told[-1] and drawn and judge_change(before, scene, np.array(last), np.array(picture), grammar)["all"])
+        right.append(all(verdicts))
+    return {what: {"all": float(np.mean(found)), "n": len(found)} for what, found in (("own words", told), ("own stories", right))}
 
 
 def write_captions(trained, pictures, progress=lambda x: x):
@@ -337,7 +361,10 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", cl
         pairs = open_pairs(data, split, seed)
         if data.documents != "pairs":
             stories = [pairs.example(i) for i in range(judged)]
-            scores["splits"][split] = {"n": judged, "changes": story_accuracy(trained, stories, data.grammar, seed)}
+            changes = story_accuracy(trained, stories, data.grammar, seed)
+            if data.documents == "stories":
+                changes |= own_story_accuracy(trained, stories, pairs, seed)
+            scores["splits"][split] = {"n": judged, "changes": changes}
             continue
         numbers = fitting(pairs, judged, trained.tokenizer, data.seq_len, trained.model.config.n_patches)
         n, at = len(numbers), lambda i, numbers=numbers: numbers[i % len(numbers)]

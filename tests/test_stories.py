@@ -13,8 +13,8 @@ from conftest import TINY, flags, run_here, tiny_model, tiny_trained
 from PIL import Image
 
 import evaluate as evaluate_module
-from data import COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, PLACES, DataConfig, Documents, Picture, Scenes, Shape, Stories, Tokenizer, collate, held_out_combination, open_pairs
-from evaluate import CHANGE_ASPECTS, evaluate, format_scores, judge, judge_change, story_accuracy, tell
+from data import COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, PLACES, DataConfig, Documents, Picture, Scenes, Shape, Stories, Tokenizer, collate, held_out_combination, open_pairs, split_of
+from evaluate import CHANGE_ASPECTS, evaluate, format_scores, judge, judge_change, own_story_accuracy, story_accuracy, tell
 from sample import captioned
 from train import Run, losses, parse
 from vae import load_checkpoint
@@ -71,6 +71,22 @@ def test_instructions_mean_what_is_drawn(grammar, image_size, changes, split):
             assert len(set(before.shapes) - set(after.shapes)) <= 1 and len(set(after.shapes) - set(before.shapes)) <= 1
 
 
+@pytest.mark.parametrize("grammar, image_size", [("places", 32), ("rich", 64)])
+def test_every_instruction_that_may_follow_is_known(grammar, image_size):
+    """Those that stories are told with, and what they mean, are among them; to a reader, all mean what they are said to."""
+    source = Stories(grammar, image_size, changes=2)
+    for i in range(20):
+        scenes, texts = source.example(i)
+        for before, after, text in zip(scenes, scenes[1:], texts):
+            found = source.following(before)[text]
+            assert found.caption == after.caption and (text.startswith("add") or found == after)
+            assert [s.width for s in found.shapes] == [s.width for s in after.shapes]
+    for text, after in source.following(before).items():
+        assert follow(before, text, GRAMMARS[grammar][2]) == Counter((s.size, s.colour, s.kind, s.place) for s in after.shapes)
+    text, after = next((text, after) for text, after in source.following(scenes[-1]).items() if text.startswith("move"))
+    assert judge_change(scenes[-1], after, scenes[-1].render(), after.render(), grammar) == RIGHT
+
+
 def test_a_move_is_by_whole_places():
     for (before, after), (instruction,) in stories(300):
         if instruction.startswith("move"):
@@ -87,6 +103,16 @@ def test_no_scene_of_training_is_held_out(changes):
             never_seen = any(pair in NEVER_SEEN for pairs in objects for pair in pairs)
             held_out = any(held_out_combination(*two) for pairs in objects for two in itertools.combinations(pairs, 2))
             assert never_seen == (split == "never_seen") and (held_out == (split == "held_out") or never_seen)
+
+
+@pytest.mark.parametrize("grammar, image_size, changes", [("places", 32, 1), ("places", 32, 2), ("rich", 64, 1)])
+def test_what_is_drawn_last_is_of_the_split(grammar, image_size, changes):
+    """An edit's output, whatever its input; and every kind of change that can lead there does."""
+    for split in Scenes.SPLITS:
+        found = stories(150, grammar=grammar, image_size=image_size, split=split, changes=changes)
+        assert {split_of([(s.colour, s.kind) for s in scenes[-1].shapes]) for scenes, _ in found} == {"train" if split == "seen" else split}
+        kinds = {text.split()[0] for _, texts in found for text in texts}
+        assert kinds == {"make", "move", "add"} | ({"remove"} if split != "held_out" else set())
 
 
 def test_training_has_8192_edits():
@@ -190,6 +216,11 @@ def scene(*shapes):
     return replace(Scenes().example(0), shapes=tuple(found))
 
 
+def nudge(picture, kind, pixels=0, wider=0):
+    """The Scene with one of its objects that many pixels further to the right, and wider."""
+    return replace(picture, shapes=tuple(replace(s, x=s.x + pixels / 32, width=s.width + wider / 32) if s.kind == kind else s for s in picture.shapes))
+
+
 RED, BLUE, AT_LEFT = "red circle top left", "blue circle top left", "red circle bottom left"
 SQUARE, GREEN, TRIANGLE = "green square bottom right", "cyan square bottom right", "red triangle bottom left"
 TWO, ONE = scene(RED, SQUARE), scene(RED)
@@ -215,18 +246,16 @@ EDITS = {"recolour": (TWO, scene(BLUE, SQUARE)), "move": (TWO, scene(AT_LEFT, SQ
     ("add", scene(RED, GREEN), ("scene", "changed")),
     ("add", scene(SQUARE), ("scene", "kept")),
     ("add", scene(RED, SQUARE, TRIANGLE), ("scene", "kept")),
+    *((edit, nudge(EDITS[edit][1], kind, wider=wider), (wrong,) if abs(wider) > 2 else ()) for wider in (-5, -1, 1, 3)  # shrunken or grown
+      for edit, kind, wrong in [(edit, "square", "kept") for edit in ("recolour", "move", "remove")]
+      + [("recolour", "circle", "kept"), ("move", "circle", "kept"), ("add", "circle", "kept"), ("add", "square", "changed")]),
 ])  # fmt: skip
 def test_an_edit_is_wrong_where_it_is_wrong(edit, drawn, wrong):
     verdict = judge_change(*EDITS[edit], EDITS[edit][0].render(), drawn.render(), "places")
     assert verdict == RIGHT | dict.fromkeys(wrong, False) | {"all": not wrong}
 
 
-def nudge(picture, shape, pixels):
-    """The Scene with one of its objects that many pixels further to the right."""
-    return replace(picture, shapes=tuple(replace(s, x=s.x + pixels / 32) if s.kind == shape else s for s in picture.shapes))
-
-
-@pytest.mark.parametrize("edit, kind", [("recolour", "square"), ("recolour", "circle"), ("move", "square"), ("remove", "square"), ("add", "circle")])
+@pytest.mark.parametrize("edit, kind", [("recolour", "square"), ("recolour", "circle"), ("move", "square"), ("move", "circle"), ("remove", "square"), ("add", "circle")])
 @pytest.mark.parametrize("pixels", [-2, -1, 1, 2])
 def test_what_was_to_stay_may_be_one_pixel_off_and_no_more(edit, kind, pixels):
     before, after = EDITS[edit]
@@ -255,7 +284,10 @@ def teller(examples, wrong=0):
         known[(scenes[0].render().tobytes(), *texts)] = scenes[-1]
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 
-    def generate(trained, documents, *_, **__):
+    def generate(trained, documents, *_, max_images=1, **__):
+        if max_images > 1:  # to be told as the model likes
+            told = {scenes[0].caption: [*itertools.chain(*zip((Image.fromarray(s.render()) for s in scenes), [*texts, "the"]))] for scenes, texts in examples}
+            return [[*d, *(told[d[0]] if n >= wrong else [])] for n, d in enumerate(documents)]
         keys = [tuple(part for part in d if isinstance(part, str)) if isinstance(d[0], str) else (np.array(d[0]).tobytes(), *d[1:]) for d in documents]
         return [[*d, Image.fromarray(noise if n < wrong else known[key].render())] for n, (d, key) in enumerate(zip(documents, keys))]
 
@@ -269,17 +301,17 @@ def untrained(kind):
 
 
 @pytest.mark.parametrize("wrong", [0, 5])
-@pytest.mark.parametrize("kind, rows", [("edits", {"edits"}), ("stories", {"stories", "picture 1", "picture 2", "picture 3"})])
+@pytest.mark.parametrize("kind, rows", [("edits", {"edits"}), ("stories", {"stories", "picture 1", "picture 2", "picture 3", "own stories"})])
 def test_scores_count_what_is_right(kind, rows, wrong, monkeypatch):
     source = {split: open_pairs(DataConfig(documents=kind, image_size=32), split, 1) for split in SPLITS}
     monkeypatch.setattr(evaluate_module, "generate", teller([source[split].example(i) for split in SPLITS for i in range(20)], wrong))
     scores = evaluate(untrained(kind), judged=20)
     assert list(scores["splits"]) == list(SPLITS) and json.loads(json.dumps(scores)) == scores
-    for found in scores["splits"].values():
-        changes = found["changes"]
-        assert set(changes) == rows | {"make", "move", "remove", "add"}
+    for split, found in scores["splits"].items():
+        changes, kinds = found["changes"], {"make", "move", "add"} | ({"remove"} if split != "held_out" else set())
+        assert set(changes) == rows | kinds | ({"own words"} if kind == "stories" else set())
         assert all(changes[row]["all"] == (20 - wrong) / 20 and changes[row]["n"] == 20 for row in rows)
-        assert sum(changes[kind]["n"] for kind in ("make", "move", "remove", "add")) == 20 * (1 if kind == "edits" else 2)
+        assert sum(changes[word]["n"] for word in kinds) == 20 * (1 if kind == "edits" else 2)
     table = format_scores(scores)
     assert all(f"{split.replace('_', ' ')}, {row}" in table for split in SPLITS for row in rows) and "kept" in table and "perplexity" not in table
     assert f"{100 * (20 - wrong) / 20:.1f}" in table
@@ -299,6 +331,24 @@ def test_a_story_is_right_if_all_of_its_pictures_are(monkeypatch):
     assert found["stories"] == {"all": 0, "n": 3} and found["picture 1"] == {"all": pytest.approx(2 / 3), "n": 3}
     # A story that goes on rightly from a wrong picture has not kept what was there.
     assert found["picture 2"]["scene"] == found["picture 3"]["scene"] == pytest.approx(2 / 3) and found["picture 2"]["all"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("told, own", [
+    ("1 make the circle blue 2 remove the square 3 the", (2, True)), ("1 make the circle blue 2 remove the square 3", (2, True)),
+    ("1 make the circle blue 2 remove the circle 3", (2, False)),  # the other one was removed
+    ("1 make the circle green 2 remove the square 3", (2, False)), ("2 make the circle blue 2 remove the square 3", (2, False)),
+    ("1 make the cross blue 2 remove the square 3", (0, False)), ("1 make the circle blue 2 remove the red circle 3", (1, False)),
+    ("1 make the circle blue 2 remove the square", (2, False)), ("1 make the circle blue 2 3", (1, False)), ("1 2 3", (0, False)), ("", (0, False)),
+    ("1 add a blue cross at the top right 2 remove the square 3", (0, False)),  # a third object
+])  # fmt: skip
+def test_a_story_may_be_of_the_models_own_words(told, own, monkeypatch):
+    """Pictures as numbers: TWO, its circle blue, that circle alone. Own: how many instructions can be followed, and is all right?"""
+    pictures = {"1": TWO, "2": scene(BLUE, SQUARE), "3": scene(BLUE)}
+    parts = [part.strip() for part in re.split(r"([123])", told) if part.strip()]
+    document = [Image.fromarray(pictures[part].render()) if part in pictures else part for part in parts]
+    monkeypatch.setattr(evaluate_module, "generate", lambda trained, documents, *_, max_images: [[*d, *document] for d in documents] * (max_images == 3))
+    found = own_story_accuracy(untrained("stories"), [([TWO], [])], Stories(changes=2))
+    assert found == {"own words": {"all": own[0] / 2, "n": 2}, "own stories": {"all": own[1], "n": 1}}
 
 
 @pytest.mark.parametrize("kind", ["edits", "stories"])
