@@ -294,15 +294,15 @@ def story_accuracy(trained, stories, grammar, seed=0):
     return {what: {aspect: float(np.mean([v[aspect] for v in found])) for aspect in found[0]} | {"n": len(found)} for what, found in rows.items()}
 
 
-def own_story_accuracy(trained, stories, source, seed=0):
-    """As `story_accuracy`, but of each story only the first caption is given: the model, which goes on as sample.py lets it, writes the
-    instructions itself. "own words": the share of instructions that the scene allows; "own stories": of stories in which all are such and
+def own_story_accuracy(trained, scenes, source, seed=0):
+    """As `story_accuracy`, but only the first scene's caption is given: the model, which goes on as sample.py lets it, writes the
+    instructions itself. source: the data.Stories whose grammar it is to follow. "own words": the share of instructions that the scene allows; "own stories": of stories in which all are such and
     all pictures right."""
     number, grammar = 1 + source.changes, source.scenes.grammar
-    documents = generate(trained, [[scenes[0].caption] for scenes, _ in stories], range(seed, seed + len(stories)), max_images=number)
+    documents = generate(trained, [[scene.caption] for scene in scenes], range(seed, seed + len(scenes)), max_images=number)
     told, right = [], []
-    for (scenes, _), document in zip(stories, documents):
-        scene, parts = scenes[0], [*document[1:], *[None] * 2 * number]  # picture, instruction, picture, ...
+    for scene, document in zip(scenes, documents):
+        parts = [*document[1:], *[None] * 2 * number]  # picture, instruction, picture, ...
         verdicts = [isinstance(parts[0], Image.Image) and judge(scene.caption, np.array(parts[0]), grammar)["all"]]
         for last, text, picture in zip(parts[0::2], parts[1::2], parts[2 : 2 * number : 2]):
             before, scene = scene, source.following(scene).get(text.strip()) if scene and isinstance(text, str) else None
@@ -363,7 +363,9 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", cl
             stories = [pairs.example(i) for i in range(judged)]
             changes = story_accuracy(trained, stories, data.grammar, seed)
             if data.documents == "stories":
-                changes |= own_story_accuracy(trained, stories, pairs, seed)
+                begin = map(Scenes(data.grammar, data.image_size, split, seed).example, itertools.count())  # all of the split, as stories' first scenes are not
+                begin = itertools.islice((scene for scene in begin if not scene.relation), judged)
+                changes |= own_story_accuracy(trained, list(begin), pairs, seed)
             scores["splits"][split] = {"n": judged, "changes": changes}
             continue
         numbers = fitting(pairs, judged, trained.tokenizer, data.seq_len, trained.model.config.n_patches)
