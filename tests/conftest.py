@@ -31,7 +31,8 @@ from train import Config  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", 'slow: takes longer than all the others together; skip with -m "not slow"')
+    config.addinivalue_line("markers", "slow: several processes or whole commands, for minutes; left out unless asked for with -m slow")
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 # ---- A tiny model ---------------------------------------------------------------------------------------------------
