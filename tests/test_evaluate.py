@@ -403,9 +403,9 @@ def test_script_says_at_once_that_a_text_is_missing(tmp_path, monkeypatch):
     assert code == 1 and err == "error: --text none.txt: no such file\n"
 
 
-def test_the_folder_of_the_scores_is_made_and_a_file_is_none(tmp_path):
+def test_the_folder_of_the_scores_is_left_to_be_made_and_a_file_is_none(tmp_path):
     code, _, err = run_here("evaluate.py", tmp_path / "none.pt", "--json", tmp_path / "new" / "x.json")
-    assert code == 1 and "none.pt: no such checkpoint" in err and (tmp_path / "new").is_dir()
+    assert code == 1 and "none.pt: no such checkpoint" in err and not (tmp_path / "new").exists()
     code, _, err = run_here("evaluate.py", tmp_path / "none.pt", "--json", tmp_path)
     assert code == 1 and err == f"error: --json {tmp_path}: is a folder; name a file\n"
 
