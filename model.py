@@ -378,8 +378,8 @@ class Transfusion(nn.Module):
         if config.post_norm:  # whose additions are as large as the norms' weights say, whatever the matrices: the same for them
             nn.init.normal_(self.embedding.weight)
             for block in self.blocks:
-                for norm in (block.attention_norm, block.mlp_norm):
-                    nn.init.constant_(norm.weight, 1 / math.sqrt(2 * config.n_layers))
+                for last in (block.attention_norm, block.mlp_norm):
+                    nn.init.constant_(last.weight, 1 / math.sqrt(2 * config.n_layers))
 
     @staticmethod
     def _init(module):
