@@ -105,11 +105,13 @@ def train_cell(place, steps, variant, seed, args):
 
 
 def scores(place):
-    """What a finished cell measured: shares in % on held-out combinations, perplexity per token, training FLOPs, steps."""
-    found = json.loads((place / "scores.json").read_text())["splits"]["held_out"]
+    """What a finished cell measured: % of prompts and captions right, of held-out combinations and (never_) of pairs of colour and
+    shape never seen; perplexity per token of held-out captions; training FLOPs; steps."""
+    splits = json.loads((place / "scores.json").read_text())["splits"]
+    found = {prefix + what: 100 * splits[split][what]["all"] for prefix, split in (("", "held_out"), ("never_", "never_seen")) for what in ("prompts", "captions")}
     steps = [line for line in map(json.loads, (place / "log.jsonl").read_text().splitlines()) if "flops" in line]
-    return {"prompts": 100 * found["prompts"]["all"], "captions": 100 * found["captions"]["all"], "perplexity": found["perplexity_per_token"],
-            "flops": steps[-1]["step"] * np.mean([line["flops"] for line in steps]), "steps": steps[-1]["step"]}  # fmt: skip
+    return found | {"perplexity": splits["held_out"]["perplexity_per_token"], "steps": steps[-1]["step"],
+                    "flops": steps[-1]["step"] * np.mean([line["flops"] for line in steps])}  # fmt: skip
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------------
@@ -117,25 +119,27 @@ def scores(place):
 
 def spread(values, digits=1):
     """Mean and range, as a table shows them."""
-    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def print_table(name, rows, args):
     """rows: {label: (variant, yardstick)}."""
-    print(f"\n### {name}: mean and range of seeds {', '.join(map(str, args.seeds))}; {args.judged} held-out prompts and captions each\n")
-    print("| | prompts right, % | captions right, % | perplexity per token | steps | training TFLOPs |\n|---|---|---|---|---|---|")
+    print(f"\n### {name}: mean (and range) of seeds {', '.join(map(str, args.seeds))}; % of {args.judged} right\n")
+    print("| | prompts: held out | never seen | captions: held out | never seen | perplexity | steps | TFLOPs |\n|---|---|---|---|---|---|---|---|")
     for row, cell in rows.items():
         cells = [scores(folder(*cell, seed, args)[0]) for seed in args.seeds]
         column = {key: [cell[key] for cell in cells] for key in cells[0]}
-        print(f"| {row} | {spread(column['prompts'])} | {spread(column['captions'])} | {spread(column['perplexity'], 3)} | {column['steps'][0]} | {np.mean(column['flops']) / 1e12:.2f} |")
+        shares = " | ".join(spread(column[key]) for key in ("prompts", "never_prompts", "captions", "never_captions"))
+        print(f"| {row} | {shares} | {spread(column['perplexity'], 3)} | {column['steps'][0]} | {np.mean(column['flops']) / 1e12:.2f} |")
 
 
-def print_sampling_time(rows, args):
-    """Seconds a picture, the models in alternation."""
+def print_besides(rows, args):
+    """Of a table's models: the seconds that a picture takes, measured in alternation, and what their autoencoders allow at best."""
     import torch
 
     from bench import alternate
-    from data import Scenes
+    from data import Scenes, readable, to_pixels
+    from evaluate import judge
     from sample import generate, load
 
     torch.set_num_threads(1)
@@ -143,6 +147,15 @@ def print_sampling_time(rows, args):
     models = {row: load(folder(*cell, args.seeds[0], args)[0]) for row, cell in rows.items()}
     seconds = alternate({row: lambda model=model: generate(model, captions, max_tokens=0) for row, model in models.items()}, 5, warm_up=1)
     print("\nSampling, 16 pictures at once on one thread: " + ", ".join(f"{row} {1000 * s / len(captions):.0f} ms a picture" for row, s in seconds.items()))
+    for row, model in models.items():
+        right = {}
+        for split in Scenes.SPLITS[1:]:
+            scenes = Scenes(split=split, seed=1)
+            captions, pictures = zip(*readable(scenes, 0, args.judged))
+            with torch.no_grad():
+                again = model.vae.decode(model.vae.encode(to_pixels(np.stack(pictures)))).movedim(1, -1)
+            right[split] = 100 * np.mean([judge(c, ((pixels + 1) * 127.5).round().byte().numpy(), scenes.grammar)["all"] for c, pixels in zip(captions, again)])
+        print(f"{row}'s autoencoder gives back rightly: " + ", ".join(f"{split.replace('_', ' ')} {share:.1f} %" for split, share in right.items()))
 
 
 def draw_scaling(args, rows):
@@ -197,7 +210,7 @@ def main(argv=None):
     for name, rows in tables.items():
         print_table(name, rows, args)
     if "models" in tables:
-        print_sampling_time(tables["models"], args)
+        print_besides(tables["models"], args)
     if scaling:
         draw_scaling(args, scaling)
 

@@ -68,7 +68,7 @@ class LevelVQ(PixelVAE):
 
 def tiny_model(seed=0, scale=1.0, side=SIDE, vocab_size=Tokenizer().vocab_size, **more):
     """A small Transfusion with random weights. scale: multiplies matrices; at 1 a fresh model is close to constant. The U-Net's
-    convolutions, of which a fresh model has some at zero, are all drawn."""
+    convolutions are drawn larger than in a fresh model, too."""
     torch.manual_seed(seed)
     sizes = dict(dim=32, n_layers=2, n_heads=2, mlp_multiple=32, vocab_size=vocab_size, latent_channels=3, latent_size=side, unet_channels=32, unet_blocks=1)
     model = Transfusion(TransfusionConfig(**sizes | more)).eval()

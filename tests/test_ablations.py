@@ -22,13 +22,14 @@ def driver(tmp_path, monkeypatch):
         place = tmp_path / "cells" / (words[words.index("--out") + 1] if "--out" in words else words[1]).rsplit("/", 1)[1]
         judged, share = int(words[words.index("--judged") + 1]), 0.5 + 0.1 * int(place.name[-1])
         found = {"prompts": {"all": share}, "captions": {"all": 1 - share}, "perplexity_per_token": 3.0}
-        (place / "scores.json").write_text(json.dumps({"judged": judged, "splits": {"held_out": found}}))
+        never = {"prompts": {"all": share - 0.3}, "captions": {"all": 0.75}}
+        (place / "scores.json").write_text(json.dumps({"judged": judged, "splits": {"held_out": found, "never_seen": never}}))
         steps = int(place.name.split("-")[-2].removesuffix("steps"))
         (place / "log.jsonl").write_text("".join(json.dumps({"step": step, "flops": 1e9 * step}) + "\n" for step in (1, steps)))
 
     monkeypatch.setattr(ablations, "call", call)
     monkeypatch.setattr(ablations, "flops_per_step", lambda variant, out: FLOPS.get(variant, 2e9))
-    monkeypatch.setattr(ablations, "print_sampling_time", lambda *_: None)
+    monkeypatch.setattr(ablations, "print_besides", lambda *_: None)
     return lambda *words: ablations.main(["--out", str(tmp_path / "cells"), "--jobs", "1", *words]), calls
 
 
@@ -42,7 +43,7 @@ def test_cells_of_equal_compute(driver, capsys):
     words = cells["chameleon-400steps-seed1"]
     assert words[words.index("--max_steps") + 1] == "400" and words[words.index("--seed") + 1] == "1" and words[words.index("--vae") + 1].endswith("vqvae/vae.pt")
     out = capsys.readouterr().out
-    assert "| Transfusion | 55.0 (50.0 to 60.0) | 45.0 (40.0 to 50.0) | 3.000 (3.000 to 3.000) | 200 | 20.10 |" in out  # mean of 1 and 200 GFLOPs, times 200
+    assert "| Transfusion | 55.0 (50.0-60.0) | 25.0 (20.0-30.0) | 45.0 (40.0-50.0) | 75.0 (75.0-75.0) | 3.000 (3.000-3.000) | 200 | 20.10 |" in out  # mean of 1 and 200 GFLOPs, times 200
 
 
 def test_finished_cells_are_kept_and_other_steps_are_other_cells(driver):
