@@ -5,11 +5,11 @@
     x_t, t  --patchify, + timestep, linear ---------+    mask, RoPE       +--linear, unpatchify-> predicted noise
             --or: U-Net down blocks-----------------+         skips       +--U-Net up blocks----> predicted noise
 
-Text and patches have their own ways in and out; everything between is shared. Read `Transfusion.forward` first, then up
-from `Block`. Sampling uses the same pieces one modality at a time, with a `KVCache`. With `images="discrete"` it is the paper's
+Text and patches have their own ways in and out; everything between is shared. Read `Transfusion.forward` first, then
+`Block`, then the parts above it. Sampling uses the same pieces one modality at a time, with a `KVCache`. With `images="discrete"` it is the paper's
 baseline, Chameleon (2024): images are tokens, too, codes of a VQ-VAE after the text's in the vocabulary, and there are no patches.
-Exports `TransfusionConfig`, `SIZES` (the paper's table of models), `Transfusion` and `KVCache`; and `load_llama` and
-`freeze_text`, to start from a Llama, which a reader of the paper can skip.
+Exports `TransfusionConfig`, `SIZES` (the paper's table of models), `Transfusion` and `KVCache`; `training_flops` and others of
+what a size costs; and last, for a reader of the paper to skip, `load_llama` and `freeze_text`, to start from a Llama.
 """
 
 import math
@@ -53,7 +53,8 @@ class TransfusionConfig:
     post_norm: bool = False  # norms after attention and MLP instead of before them (Swin v2's placement, Chameleon's)
 
     def __post_init__(self):
-        for name, allowed in (("images", ("continuous", "discrete")), ("image_attention", ("bidirectional", "causal"))):
+        choices = {"images": ("continuous", "discrete"), "image_attention": ("bidirectional", "causal"), "patch_encoder": ("linear", "unet")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         if self.images == "discrete":
@@ -67,8 +68,6 @@ class TransfusionConfig:
             raise ValueError(f"rope_scaling is {self.rope_scaling}; it must be four numbers, as in 8,1,4,8192")
         if self.latent_size % self.patch_size:
             raise ValueError(f"patch_size is {self.patch_size}; it must divide the latent image's side, {self.latent_size}")
-        if self.patch_encoder not in ("linear", "unet"):
-            raise ValueError(f"patch_encoder is {self.patch_encoder!r}; it must be linear or unet")
         if self.patch_encoder == "unet":
             if self.patch_size & (self.patch_size - 1):
                 raise ValueError(f"patch_size is {self.patch_size}; a U-Net halves the resolution, so it must be 1, 2, 4, 8 or another power of two")
@@ -76,7 +75,8 @@ class TransfusionConfig:
                 raise ValueError(f"unet_blocks is {self.unet_blocks}; it must be at least 1")
             widths = [self.unet_channels / 2**level for level in range(self.patch_size.bit_length())]
             if any(width < 1 or width % 4 or width > 64 and width % 32 for width in widths):  # the groups of the norms must divide them
-                raise ValueError(f"unet_channels is {self.unet_channels}; with patch_size {self.patch_size} it must be a multiple of {4 * self.patch_size}, such as {16 * self.patch_size}")
+                k = self.patch_size
+                raise ValueError(f"unet_channels is {self.unet_channels}; with patch_size {k} it must be a multiple of {4 * k}, such as {16 * k}")
 
     @property
     def n_patches(self):
@@ -157,8 +157,8 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, update=None):
         q, k, v = rearrange(self.qkv(x), "b s (h d) -> b h s d", d=self.head_dim).split(self.heads, dim=1)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)  # rope is float32, and so are these
-        # On CPU the backward of bf16 attention is several times slower than float32's: stay in float32 there.
-        q, k, v = (z.float() if x.device.type == "cpu" else z.to(v.dtype) for z in (q, k, v))
+        dtype = torch.float32 if x.device.type == "cpu" else v.dtype  # on a CPU the backward of bf16 attention is several times slower
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if update is not None:
             k, v = update(k, v)
         shared = k.shape[1] < q.shape[1]
@@ -366,12 +366,12 @@ class Transfusion(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)  # untied from the embedding
         self.apply(self._init)
-        for block in self.blocks:  # as many additions to the residual stream as 2 n_layers: keep its variance (GPT-2)
+        for block in self.blocks:  # 2 n_layers outputs are added to the residual stream: its variance shall not grow with depth (GPT-2)
             for linear in (block.attention.out, block.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layers))
-        if isinstance(self.patches, UNetPatches):  # beside skip connections of size one, what the blocks say must be as large
+        if isinstance(self.patches, UNetPatches):  # the up blocks see this beside skip connections of standard deviation 1
             nn.init.normal_(self.patches.decoder.weight, std=config.dim**-0.5)
-        if config.post_norm:  # whose additions are as large as the norms' weights say, whatever the matrices: the same for them
+        if config.post_norm:  # what is added is as large as the norms' weights, whatever the matrices: so scale these, beside a stream of 1
             nn.init.normal_(self.embedding.weight)
             for block in self.blocks:
                 for last in (block.attention_norm, block.mlp_norm):
@@ -412,8 +412,8 @@ class Transfusion(nn.Module):
 
         tokens, image_id, positions: (B, S), as in data.Batch; mask: transfusion_mask (B, 1, S, S) or flex_mask of attention_mask.py
         x_t: (N, C, H, W), the noised latents of the batch's images in reading order; t: (N,), their timesteps, 0 = clean
-        Returns logits (B, S, vocab_size) and the prediction for each image (N, C, H, W). Of a discrete model all this but x_t
-        and t, which it leaves as they are: its images are among the tokens.
+        Returns logits (B, S, vocab_size) and the prediction for each image (N, C, H, W). A discrete model has its images among the
+        tokens: it returns x_t as it is.
         """
         if self.patches is None:
             return self.head(self.trunk(self.embedding(tokens).float(), positions, mask)), x_t
@@ -421,6 +421,56 @@ class Transfusion(nn.Module):
         h = self.trunk(h, positions, mask)
         patches = h.flatten(0, 1)[slots].unflatten(0, (-1, self.config.n_patches))
         return self.head(h), self.patches.decode(patches, skips)
+
+
+# ---- What a size costs ----------------------------------------------------------------------------------------------
+
+
+def training_flops(model, context, images=0.0):
+    """FLOPs of a training step per position, forward and backward; context: how many positions a position sees, on average;
+    images: how many there are per position.
+
+    A matrix of n weights costs a position n multiplications and n additions, 2n, forward; backward twice that (a gradient
+    for its input, one for itself): 6n. The matrices are those of the blocks and the head, and for each image those of its
+    ways in and out; the embedding is a look-up. Attention compares a query with `context` keys and sums as many values,
+    each dim wide: 2 (dim + dim) context a layer forward, three times that in all.
+    """
+    c = model.config
+    of_images = images * model.patches.multiplications() if model.patches else 0
+    return 6 * (weights_of(model.blocks, model.head) + of_images) + 12 * c.n_layers * c.dim * context
+
+
+def mean_context(batch, n_patches):
+    """How many positions a position of the batch attends to, on average: all before it in its document and itself, and for a
+    patch also those after it in its image, which are (n_patches - 1) / 2 on average. n_patches: 1 if images are read causally."""
+    return float((batch.positions + 1).float().mean() + (batch.image_id >= 0).float().mean() * (n_patches - 1) / 2)
+
+
+def training_memory(model, gpus, rows, seq_len, checkpoint_activations=False):
+    """Bytes a GPU needs to train, roughly: {part: bytes}. One GPU holds everything; more share the weights (--fsdp).
+
+    Weights, gradients, AdamW's two moments and the averaged weights are float32. Gradients are whole on every GPU: they
+    travel, and are cut, in the last micro-batch only (of one micro-batch a step, 4 n / gpus would do). Matrix products read
+    bfloat16 copies of the weights: one GPU has all but the embedding's, made by autocast; those that share have gathered
+    what is outside the blocks, the block at work and the next. Kept for the backward pass are, per
+    position and block: the residual stream at both norms (float32), both norms' outputs, q, k, v, and attention's output
+    twice, gate, up and their product (bfloat16); for the head the logits and their softmax (float32, and bfloat16).
+    """
+    c, n, of_block = model.config, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.blocks[0].parameters())
+    copied = n - model.embedding.weight.numel() if gpus == 1 else n - max(0, c.n_layers - 2) * of_block
+    per_block = 4 * c.dim if checkpoint_activations else 2 * 4 * c.dim + 2 * 2 * c.dim + 2 * 3 * c.dim + 2 * 2 * c.dim + 2 * 4 * c.mlp_dim
+    activations = rows * seq_len * (c.n_layers * per_block + (4 + 4 + 2) * c.vocab_size)
+    return {"weights": 4 * n / gpus, "copies": 2 * copied, "gradients": 4 * n, "optimiser": 8 * n / gpus, "average": 4 * n / gpus, "activations": activations}
+
+
+# Dense bfloat16, from NVIDIA's data sheets, by a part of the device's name.
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12}
+
+
+def peak_flops(device):
+    """The FLOP/s that a bfloat16 run's MFU is measured against, or None if there is no figure for this device, or it is a slice of one (MIG)."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name and "MIG" not in name), None)
 
 
 # ---- Starting from Llama --------------------------------------------------------------------------------------------
@@ -525,40 +575,6 @@ def freeze_text(model, new_tokens):
             old = torch.arange(len(parameter))[:, None] < len(parameter) - new_tokens
             parameter.register_hook(lambda gradient, old=old: gradient.masked_fill(old.to(gradient.device), 0))
     return sum(p.numel() for name, p in model.named_parameters() if name.startswith("patches.")) + len(partly) * new_tokens * model.config.dim
-
-
-# ---- What a size costs ----------------------------------------------------------------------------------------------
-
-
-def training_flops(model, context, images=0.0):
-    """FLOPs of a training step per position, forward and backward; context: how many positions a position sees, on average;
-    images: how many there are per position.
-
-    A matrix of n weights costs a position n multiplications and n additions, 2n, forward; backward twice that (a gradient
-    for its input, one for itself): 6n. The matrices are those of the blocks and the head, and for each image those of its
-    ways in and out; the embedding is a look-up. Attention compares a query with `context` keys and sums as many values,
-    each dim wide: 2 (dim + dim) context a layer forward, three times that in all.
-    """
-    c = model.config
-    of_images = images * model.patches.multiplications() if model.patches else 0
-    return 6 * (weights_of(model.blocks, model.head) + of_images) + 12 * c.n_layers * c.dim * context
-
-
-def training_memory(model, gpus, rows, seq_len, checkpoint_activations=False):
-    """Bytes a GPU needs to train, roughly: {part: bytes}. One GPU holds everything; more share the weights (--fsdp).
-
-    Weights, gradients, AdamW's two moments and the averaged weights are float32. Gradients are whole on every GPU: they
-    travel, and are cut, in the last micro-batch only (of one micro-batch a step, 4 n / gpus would do). Matrix products read
-    bfloat16 copies of the weights: one GPU has all but the embedding's, made by autocast; those that share have gathered
-    what is outside the blocks, the block at work and the next. Kept for the backward pass are, per
-    position and block: the residual stream at both norms (float32), both norms' outputs, q, k, v, and attention's output
-    twice, gate, up and their product (bfloat16); for the head the logits and their softmax (float32, and bfloat16).
-    """
-    c, n, of_block = model.config, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.blocks[0].parameters())
-    copied = n - model.embedding.weight.numel() if gpus == 1 else n - max(0, c.n_layers - 2) * of_block
-    per_block = 4 * c.dim if checkpoint_activations else 2 * 4 * c.dim + 2 * 2 * c.dim + 2 * 3 * c.dim + 2 * 2 * c.dim + 2 * 4 * c.mlp_dim
-    activations = rows * seq_len * (c.n_layers * per_block + (4 + 4 + 2) * c.vocab_size)
-    return {"weights": 4 * n / gpus, "copies": 2 * copied, "gradients": 4 * n, "optimiser": 8 * n / gpus, "average": 4 * n / gpus, "activations": activations}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ A step is a function of (seed, step, row): however many processes share its rows
 cuts its share into, the global batch, its noise and its loss are the same.
 
 `PRESETS` below is the one place where recipes live; a field that it does not name has the default written beside its
-definition, which is the paper's. Read `train` first.
+definition, which is the paper's. Read `losses`, then `Run.train_step`, then `train`.
 """
 
 import copy
@@ -50,9 +50,9 @@ from attention_mask import PADDING, TEXT, flex_mask, transfusion_mask
 from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, fill_codes, fitting, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer, to_pixels
 from diffusion import DDPM, SAMPLERS, DiffusionConfig
 from evaluate import evaluate, format_scores, tell
-from model import SIZES, Transfusion, TransfusionConfig, freeze_text, inspect_llama, load_llama, training_flops
+from model import SIZES, Transfusion, TransfusionConfig, freeze_text, inspect_llama, load_llama, mean_context, peak_flops, training_flops
 from sample import Parser, Trained, captioned, contact_sheet, generate, load, pick_device
-from vae import VAE, VAEConfig, fingerprint, load_checkpoint, load_vae, read_json, save_checkpoint, standardise, train_vae
+from vae import VAE, VAEConfig, fingerprint, load_checkpoint, load_vae, measure_statistics, read_json, save_checkpoint, train_vae
 
 
 # ---- Configuration --------------------------------------------------------------------------------------------------
@@ -202,10 +202,10 @@ PRESETS = {
     ),
 }  # fmt: skip
 PARTS = {"model": TransfusionConfig, "data": DataConfig, "diffusion": DiffusionConfig, "autoencoder": VAEConfig}
-# With --resume: what may not change besides model, data and diffusion, and what may without a word, for it makes no other model.
-SETTLED = ("seed", "rows", "optimizer", "freeze_text")
-UNHEEDED = {"out", "device", "vae", "init_from", "micro_rows", "compile", "attention", "checkpoint_activations", "fsdp", "shard", "log_every", "wandb",
-            "workers", "cache", "max_broken"}  # fmt: skip
+# With --resume MUST_MATCH, like model, data and diffusion, may not change; MAY_DIFFER may without a word, for it makes no other model.
+MUST_MATCH = ("seed", "rows", "optimizer", "freeze_text")
+MAY_DIFFER = {"out", "device", "vae", "init_from", "micro_rows", "compile", "attention", "checkpoint_activations", "fsdp", "shard", "log_every", "wandb",
+              "workers", "cache", "max_broken"}  # fmt: skip
 DERIVED = {"vocab_size", "latent_channels", "latent_size"}  # of the model: they follow from the tokenizer and the VAE
 
 
@@ -223,8 +223,14 @@ def build(values):
     return Config(**{name: PARTS[name](**value) if name in PARTS else value for name, value in values.items()})
 
 
-def parse(argv=None, description=__doc__.split("\n")[0]):
+def parse(argv=None):
     """The command line -> (Config, resume). Exits with one sentence if it is not understood."""
+    config, args = read_options(argv)
+    return config, args.resume
+
+
+def read_options(argv=None, description=__doc__.split("\n")[0], **more):
+    """The same, with {option: help} that a script has besides -> (Config, all that argparse found)."""
 
     def value_of(f):
         def boolean(text):
@@ -241,9 +247,12 @@ def parse(argv=None, description=__doc__.split("\n")[0]):
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", default="0.16b", help=f"preset: {', '.join(PRESETS)} (default: 0.16b)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    for name, text in more.items():
+        parser.add_argument(f"--{name}", help=text)
     for name, (part, f) in known.items():
         flag = dict(nargs="?", const=True) if f.type is bool else {}  # --fsdp is --fsdp true
-        parser.add_argument(f"--{name}", type=value_of(f), default=None, **flag, metavar=str(getattr(f.type, "__name__", f.type)).upper(), help=f"of the {part}" if part else None)
+        kind = str(getattr(f.type, "__name__", f.type)).upper()
+        parser.add_argument(f"--{name}", type=value_of(f), default=None, **flag, metavar=kind, help=f"of the {part}" if part else None)
     args = parser.parse_args(argv)
     if args.config not in PRESETS:
         close = difflib.get_close_matches(args.config, PRESETS, n=1, cutoff=0.0)
@@ -253,7 +262,7 @@ def parse(argv=None, description=__doc__.split("\n")[0]):
         if (value := getattr(args, name)) is not None:
             (values.setdefault(part, {}) if part else values)[f.name] = value
     values["out"] = values.get("out") or f"out/{args.config}"
-    return build(values), args.resume
+    return build(values), args
 
 
 # ---- One process or many ---------------------------------------------------------------------------------------------
@@ -355,22 +364,6 @@ class Average:
             average.copy_(p_before)
 
 
-def mean_context(batch, n_patches):
-    """How many positions a position of the batch attends to, on average: all before it in its document and itself, and for a
-    patch also those after it in its image, which are (n_patches - 1) / 2 on average. n_patches: 1 if images are read causally."""
-    return float((batch.positions + 1).float().mean() + (batch.image_id >= 0).float().mean() * (n_patches - 1) / 2)
-
-
-# Dense bfloat16, from NVIDIA's data sheets, by a part of the device's name.
-PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12}
-
-
-def peak_flops(device):
-    """The FLOP/s that a bfloat16 run's MFU is measured against, or None if there is no figure for this device, or it is a slice of one (MIG)."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name and "MIG" not in name), None)
-
-
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
@@ -459,7 +452,7 @@ def prepare_vae(config, device, resume=False, own=None):
     if vae:
         print(f"1. the VAE is {config.vae}, which does not say how its latents are scaled: measuring them", flush=True)
         torch.manual_seed(config.seed)
-        standardise(vae, pictures, config.autoencoder.batch)
+        measure_statistics(vae, pictures, config.autoencoder.batch)
         return vae
     print(f"1. the VAE ({config.autoencoder.steps:,} steps; to use it again: --vae {path})", flush=True)
     with Interrupt() as interrupt:
@@ -517,6 +510,42 @@ class Run:
         self.config, self.out = config, Path(config.out)
         self.rank, self.ranks, self.device = join(config.device)
         self.checkpoint = self.out / "checkpoint.pt"
+        self._check_options()
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
+        state = self._read_checkpoint() if resume else None
+        start = load(config.init_from) if config.init_from and not state and not is_llama(config.init_from) else None
+        if config.data.documents != "pairs" and not config.init_from and not state:
+            self.say(f"learning {config.data.documents} from nothing; --init_from out/small would start from a model that can draw")
+        self._open_tokenizer_and_vae(state, start, resume)
+        config.model = replace(  # checked once more, now that the sizes are known; a VQ-VAE's codes come last in the vocabulary
+            TransfusionConfig(**state["config"]["model"]) if state and config.init_from else config.model,  # whose sizes stand in the checkpoint
+            vocab_size=self.tokenizer.vocab_size + self.vae.config.codebook, latent_channels=self.vae.config.latent_channels,
+            latent_size=config.data.image_size // self.vae.config.factor,
+        )  # fmt: skip
+
+        torch.manual_seed(config.seed)
+        self.model = (Transfusion(config.model) if state else initial_model(config, self.tokenizer, start)).to(self.device)
+        self.mask = mask_for(config, self.device)  # only now: a checkpoint's model may have taken the place of the command line's
+        undecayed = self._freeze_text() if config.freeze_text else ()
+        self.parallel = wrap(self.model, config, self.device)
+        self.average = Average(self.model)
+        self.ddpm = DDPM(**asdict(config.diffusion)).to(self.device)
+        self.optimizers = make_optimizers(self.model, config, undecayed)
+
+        self.loader = self._loader("train", config.rows, config.data.workers, config.micro_rows)
+        held_out, self.validation, images = self._loader("held_out", config.rows, 0, config.micro_rows), [], 0  # of training's shape: nothing is compiled anew
+        while images < config.eval_documents:
+            self.validation.append(next(held_out))
+            images += total([len(self.validation[-1].images)], self.device)[0]  # of all processes: none may stop before the others, which would wait for it
+        self.step = 0
+        if state:
+            self._restore(state)
+        self._open_log(state)  # only now that nothing can be wrong with the options
+
+    def _check_options(self):
+        """What can be wrong with the options on this machine is said before anything is made."""
+        config = self.config
         if config.rows % (self.ranks * (config.micro_rows or 1)):
             times = f" times micro_rows, {config.micro_rows}" if config.micro_rows else ""
             raise ValueError(f"rows is {config.rows}; it must be a multiple of the {self.ranks} processes{times}")
@@ -525,29 +554,30 @@ class Run:
             self.say(f"attention is SDPA with a dense mask, which is slower: FlexAttention wants a --seq_len that is a multiple of 128, not {config.data.seq_len}")
         if config.wandb:
             import_wandb()  # if it is missing, say so now
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "log.jsonl").open("a").close()
         except OSError as error:
             raise ValueError(f"--out {self.out}: cannot be written to ({error.strerror})") from None
-        state = load_checkpoint(self.checkpoint) if resume and self._exists(self.checkpoint) else None
-        if resume and not state and not (self.out / "vae.pt").exists():
+
+    def _read_checkpoint(self):
+        """What --resume goes on from, or None if nothing is there yet."""
+        state = load_checkpoint(self.checkpoint) if self._exists(self.checkpoint) else None
+        if not state and not (self.out / "vae.pt").exists():
             self.say(f"--resume: nothing is saved in {self.out} yet; starting from the beginning")
         if state and not {"optimizer", "tokenizer", "stream"} <= set(state):
             raise ValueError(f"{self.checkpoint}: is not a checkpoint of train.py")
-        start = load(config.init_from) if config.init_from and not state and not is_llama(config.init_from) else None
-        if config.data.documents != "pairs" and not config.init_from and not state:
-            self.say(f"learning {config.data.documents} from nothing; --init_from out/small would start from a model that can draw")
+        return state
+
+    def _open_tokenizer_and_vae(self, state, start, resume):
+        """Both are the checkpoint's, or those of the model to start from, or new: then the VAE is trained here."""
+        config = self.config
         if state:
             self.tokenizer = restore_tokenizer(state["tokenizer"])
             self.vae = VAE(VAEConfig(**state["vae_config"])).to(self.device).eval()
             self.vae.load_state_dict(state["vae"])
             if config.vae and Path(config.vae).exists():
                 check_vae(config, load_vae(config.vae), self.vae)
-            if config.init_from:  # its sizes stand in the checkpoint, and so do the weights by now
-                config.model = TransfusionConfig(**state["config"]["model"])
         elif start:
             self.tokenizer, self.vae = start.tokenizer, prepare_vae(config, self.device, own=start.vae.to(self.device))
         else:
@@ -558,44 +588,28 @@ class Run:
             self.vae = self._prepare_vae(resume)
         if config.data.latents:
             check_latents(config, self.vae)
-        c = config.model
-        c.vocab_size, c.latent_channels = self.tokenizer.vocab_size + self.vae.config.codebook, self.vae.config.latent_channels  # codes come last
-        c.latent_size = config.data.image_size // self.vae.config.factor
-        c.__post_init__()  # check once more, now that the sizes are known
 
-        torch.manual_seed(config.seed)
-        self.model = (initial_model(config, self.tokenizer, start) if not state else Transfusion(c)).to(self.device)
-        c, partly = config.model, set()
-        self.mask = mask_for(config, self.device)  # only now: a checkpoint's model may have taken the place of the command line's
-        if config.freeze_text:
-            n_special, n_all = c.vocab_size - self.tokenizer.bos, sum(p.numel() for p in self.model.parameters())
-            n_trained = freeze_text(self.model, n_special)
-            self.say(f"--freeze_text: of {n_all:,} parameters, {n_trained:,} are trained: those of patches, and the rows of the {n_special} special tokens")
-            partly = {self.model.embedding.weight, self.model.head.weight}  # decay would move their frozen rows
-        self.parallel = wrap(self.model, config, self.device)
-        self.average = Average(self.model)
-        self.ddpm = DDPM(**asdict(config.diffusion)).to(self.device)
-        self.optimizers = make_optimizers(self.model, config, partly)
+    def _freeze_text(self):
+        """Train the ways in and out of patches and the special tokens alone -> the weights that the optimiser may not decay."""
+        n_special, n_all = self.config.model.vocab_size - self.tokenizer.bos, sum(p.numel() for p in self.model.parameters())
+        n_trained = freeze_text(self.model, n_special)
+        self.say(f"--freeze_text: of {n_all:,} parameters, {n_trained:,} are trained: those of patches, and the rows of the {n_special} special tokens")
+        return {self.model.embedding.weight, self.model.head.weight}  # decay would move their frozen rows
 
-        self.loader = self._loader("train", config.rows, config.data.workers, config.micro_rows)
-        held_out, self.validation, images = self._loader("held_out", config.rows, 0, config.micro_rows), [], 0  # of training's shape: nothing is compiled anew
-        while images < config.eval_documents:
-            self.validation.append(next(held_out))
-            images += total([len(self.validation[-1].images)], self.device)[0]  # of all processes: none may stop before the others, which would wait for it
-        self.step = 0
-        if state:
-            self._restore(state)
+    def _open_log(self, state):
+        """The first process's log; what an earlier run left in the folder is kept under another name."""
         self.log_file = self.wandb = None
-        if self.rank == 0:  # only now that nothing can be wrong with the options
-            for before in (self.checkpoint, self.out / "log.jsonl"):
-                if not state and before.exists() and before.stat().st_size:
-                    before.replace(before.with_stem(f"{before.stem}.old"))
-                    self.say(f"{before} of an earlier run is now {before.stem}.old{before.suffix}; --resume would have gone on with it")
-            self.log_file = (self.out / "log.jsonl").open("a")
-            if state:
-                self.log_file.truncate(min(self.log_file.tell(), state.get("log", math.inf)))  # a killed run may have logged steps after its checkpoint
-            if config.wandb:
-                self.wandb = import_wandb().init(project=config.wandb, config=asdict(config), dir=self.out, id=state and state.get("wandb"), resume="allow")
+        if self.rank:
+            return
+        for before in (self.checkpoint, self.out / "log.jsonl"):
+            if not state and before.exists() and before.stat().st_size:
+                before.replace(before.with_stem(f"{before.stem}.old"))
+                self.say(f"{before} of an earlier run is now {before.stem}.old{before.suffix}; --resume would have gone on with it")
+        self.log_file = (self.out / "log.jsonl").open("a")
+        if state:
+            self.log_file.truncate(min(self.log_file.tell(), state.get("log", math.inf)))  # a killed run may have logged steps after its checkpoint
+        if self.config.wandb:
+            self.wandb = import_wandb().init(project=self.config.wandb, config=asdict(self.config), dir=self.out, id=state and state.get("wandb"), resume="allow")
 
     def _exists(self, path):
         """Is there such a file? Raises ValueError if some processes see it and others do not."""
@@ -656,7 +670,7 @@ class Run:
         if not len(eps):
             return batch, eps, t, eps
         posterior = batch.images.chunk(2, dim=1) if self.config.data.latents else self.vae.posterior(batch.images)
-        x_0 = self.vae.draw(*posterior, of_posterior)
+        x_0 = self.vae.to_latents(*posterior, of_posterior)
         return replace(batch, images=x_0.new_empty(0)), x_0, t, eps
 
     def micro_batches(self):
@@ -730,7 +744,7 @@ class Run:
     def validate(self):
         """The losses of the averaged weights on held-out documents, t drawn uniformly; ddpm also per quarter of the t range. Of a
         discrete model lm is the text's, the same targets as without codes, and the codes' stands beside it."""
-        sums = np.zeros(12)  # lm and its targets; per quarter of t, the loss and its images; the codes' lm and their number
+        sums = np.zeros((6, 2))  # of text, of codes, and of the quarters of t's range: the sum of the losses, and how many they are
         with self.average.applied():
             self.parallel.eval()
             mine, size = self.loader.stream.mine, self.loader.batch_rows
@@ -741,20 +755,18 @@ class Run:
                     per_token, per_image = losses(self.parallel, self.ddpm, batch, x_0, t, eps, self.mask)
                 is_code = batch.targets >= self.tokenizer.vocab_size
                 is_text = (batch.targets != NO_LOSS) & (batch.image_id == TEXT) & ~is_code
-                sums[:2] += per_token[is_text].sum().item(), int(is_text.sum())
-                sums[10:] += per_token[is_code].sum().item(), int(is_code.sum())
-                for one, when in zip(per_image.tolist(), t.tolist()):
+                sums[0] += per_token[is_text].sum().item(), int(is_text.sum())
+                sums[1] += per_token[is_code].sum().item(), int(is_code.sum())
+                for loss, when in zip(per_image.tolist(), t.tolist()):
                     if when > 0:
-                        quarter = (when - 1) * 4 // self.ddpm.timesteps
-                        sums[2 + quarter] += one
-                        sums[6 + quarter] += 1
+                        sums[2 + (when - 1) * 4 // self.ddpm.timesteps] += loss, 1
             self.parallel.train()
-        sums = np.array(total(sums.tolist(), self.device))
-        mean = lambda loss, count: float(loss / count) if count else None
-        found = {"val_lm": float(sums[0] / max(1, sums[1]))}
+        text, codes, *quarters = np.reshape(total(sums.flatten().tolist(), self.device), (6, 2))
+        mean = lambda sums: float(sums[0] / sums[1]) if sums[1] else None
+        found = {"val_lm": mean(text) or 0.0}
         if self.config.model.images == "discrete":
-            return found | {"val_codes": mean(*sums[10:])}
-        return found | {"val_ddpm": mean(sums[2:6].sum(), sums[6:10].sum()), "val_ddpm_by_t": [mean(*q) for q in zip(sums[2:6], sums[6:10])]}
+            return found | {"val_codes": mean(codes)}
+        return found | {"val_ddpm": mean(sum(quarters)), "val_ddpm_by_t": [mean(quarter) for quarter in quarters]}
 
     def averaged_weights(self):
         """The averaged weights as one state dict on the CPU; of several processes, the first receives it and the others {}."""
@@ -809,15 +821,15 @@ class Run:
     def _restore(self, state):
         before, now = asdict(build(state["config"])), asdict(self.config)
         settled = [(name, before[part][name], now[part][name]) for part in ("model", "data", "diffusion") for name in now[part]]
-        for name, was, value in settled + [(name, before[name], now[name]) for name in SETTLED]:
-            if was != value and name not in UNHEEDED:
+        for name, was, value in settled + [(name, before[name], now[name]) for name in MUST_MATCH]:
+            if was != value and name not in MAY_DIFFER:
                 raise ValueError(f"{self.checkpoint}: was trained with {name} {was}, not {value}; give the options that it was started with")
-        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before[name] and name not in {*PARTS, *UNHEEDED}]
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before[name] and name not in {*PARTS, *MAY_DIFFER}]
         if changed:
             self.say(f"--resume: changed from here on: {', '.join(changed)}")
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, state["ema"], options=options)
-        self.average = Average(self.model)
+        self.average = Average(self.model)  # which copies what the model has: so the averaged weights go first
         set_model_state_dict(self.model, state["model"], options=options)
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"], options=options)
         self.loader.stream.load_state(state["stream"])

@@ -13,8 +13,8 @@ With `codebook` it is the paper's baseline, a VQ-VAE (van den Oord et al. 2017):
 pixel becomes the nearest of so many learned vectors, whose number is its code. 0.25 times the commitment loss, which keeps
 the encoder's outputs near those vectors, takes the place of the KL.
 
-Exports `VAEConfig`, `VAE`, `train_vae`, the checkpoint functions `save_checkpoint` and `load_checkpoint`, and, for other
-people's weights, `load_pretrained`, which a reader of the paper can skip.
+Exports `VAEConfig`, `VAE`, `train_vae`, and the blocks of which model.py makes its U-Net; checkpoints (`save_checkpoint`,
+`load_checkpoint`, `load_vae`) and other people's weights (`load_pretrained`) come last, and a reader of the paper can skip them.
 `python vae.py --config small` trains one alone and writes reconstructions; with `--data PATH --encode FOLDER` it encodes
 all pictures once, so that training need not: at 256x256 the encoder costs as much as a small transformer.
 """
@@ -50,8 +50,8 @@ class VAEConfig:
     norm_groups: int = 0  # of every group norm; 0 = 32, fewer where there are fewer channels
     kl_weight: float = 1e-6
     codebook: int = 0  # vectors of a VQ-VAE (the paper's has 16384); 0 = a KL-VAE
-    # Of a sum over a picture, as L1 is. VQ-VAE's and VQGAN's 0.25 is of means over elements: beside L1 3 H W / (C h w) times as strong, which is 12 times
-    # in chameleon, where after 600 steps it reconstructs less well: mean absolute error 0.058 of the range instead of 0.049 (means of two seeds).
+    # Of the commitment loss summed over a picture, as L1 is. The 0.25 of VQ-VAE is of means over elements, beside L1 3 H W / (C h w) times
+    # as strong: 12 times in chameleon, which then reconstructs worse (error 0.058 of the range, not 0.049, after 600 steps; two seeds).
     commitment_weight: float = 0.25
     perceptual_weight: float = 1.0  # LPIPS, when the package lpips is installed
     disc_weight: float = 0.5
@@ -205,6 +205,11 @@ def codebook_usage(counts):
     return float((p > 0).double().mean()), float(torch.special.entr(p).sum().exp())
 
 
+def sample_posterior(mean, log_var, noise):
+    """A draw from the Gaussian posterior, differentiable in its parameters (Kingma & Welling 2014); all (N, C, h, w)."""
+    return mean + (0.5 * log_var).exp() * noise
+
+
 class VAE(nn.Module):
     """Encoder, decoder and the statistics of the latents; of a VQ-VAE also the codebook."""
 
@@ -233,11 +238,11 @@ class VAE(nn.Module):
     @torch.no_grad()
     def encode(self, pixels, noise=None):
         """Standardised latents (N, C, H/f, W/f): the posterior's mean, or a draw from it if noise of that shape is given."""
-        return self.draw(*self.posterior(pixels), noise)
+        return self.to_latents(*self.posterior(pixels), noise)
 
-    def draw(self, mean, log_var, noise=None):
+    def to_latents(self, mean, log_var, noise=None):
         """The second half of `encode`: from the posterior to standardised latents."""
-        z = mean if noise is None else mean + (0.5 * log_var).exp() * noise
+        z = mean if noise is None else sample_posterior(mean, log_var, noise)
         return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
     @torch.no_grad()
@@ -261,10 +266,10 @@ class PatchDiscriminator(nn.Sequential):
 
     def __init__(self, width=64, n_layers=3):
         layers = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i in range(1, n_layers + 1):
-            a, b = width * min(2 ** (i - 1), 8), width * min(2**i, 8)
+        widths = [width * min(2**i, 8) for i in range(n_layers + 1)]
+        for i, (a, b) in enumerate(zip(widths, widths[1:]), 1):
             layers += [nn.Conv2d(a, b, 4, stride=2 if i < n_layers else 1, padding=1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
-        super().__init__(*layers, nn.Conv2d(b, 1, 4, padding=1))
+        super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -289,7 +294,7 @@ def draw_latents(vae, pixels, generator=None):
     mean, log_var = vae.posterior(pixels)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
-    return mean + (0.5 * log_var).exp() * noise, kl.sum() / len(mean)
+    return sample_posterior(mean, log_var, noise), kl.sum() / len(mean)
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
@@ -311,19 +316,19 @@ def load_perceptual(device):
 
 
 @torch.no_grad()
-def standardise(vae, pictures, batch):
+def measure_statistics(vae, pictures, batch):
     """Measure the statistics of the latents on some 2048 pictures, `batch` at a time; `pictures` as for train_vae."""
     device, z = vae.latent_mean.device, []
     for i in range(max(1, 2048 // batch)):  # draws, not means: a channel that carries little is mostly the posterior's own noise
         mean, log_var = vae.posterior(pictures(i * batch, batch).to(device))
-        z.append(mean + (0.5 * log_var).exp() * torch.randn_like(mean))
+        z.append(sample_posterior(mean, log_var, torch.randn_like(mean)))
     z = torch.cat(z)
     vae.latent_mean.copy_(z.mean((0, 2, 3)))
     vae.latent_std.copy_(z.std((0, 2, 3)))
 
 
 def count_codes(vae, pictures, batch):
-    """How often a VQ-VAE uses each of its codes (K,) in some 2048 pictures; arguments as for standardise."""
+    """How often a VQ-VAE uses each of its codes (K,) in some 2048 pictures; arguments as for measure_statistics."""
     codes = torch.cat([vae.codes(pictures(i * batch, batch).to(vae.latent_mean.device)).flatten() for i in range(max(1, 2048 // batch))])
     return torch.bincount(codes, minlength=vae.config.codebook)
 
@@ -385,7 +390,9 @@ def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_e
             (0.5 * hinge).backward()
             disc_optimizer.step()
         if step % 50 == 0 or step == config.steps - 1:
-            more = f"commitment {regulariser.item():.1f}, code perplexity {codebook_usage(vae.codebook.counts)[1]:.0f}" if config.codebook else f"KL {regulariser.item():.0f}"
+            more = f"KL {regulariser.item():.0f}"
+            if config.codebook:
+                more = f"commitment {regulariser.item():.1f}, code perplexity {codebook_usage(vae.codebook.counts)[1]:.0f}"
             bar.set_postfix_str(f"L1 {rec.item() / x[0].numel():.4f}, {more}")
         step += 1
         if step % save_every == 0:
@@ -393,7 +400,7 @@ def train_vae(config, pictures, path, seed=0, device="cpu", resume=False, save_e
         if interrupted():
             save()
             raise KeyboardInterrupt
-    standardise(vae.eval(), pictures, config.batch)
+    measure_statistics(vae.eval(), pictures, config.batch)
     usage = {}
     if config.codebook:
         usage = dict(zip(("codes_used", "code_perplexity"), codebook_usage(count_codes(vae, pictures, config.batch))))
@@ -489,7 +496,7 @@ def load_vae(path, device="cpu"):
     state = load_checkpoint(path)
     if not isinstance(state, dict) or "vae_config" not in state:
         return from_latent_diffusion(state, path).to(device)
-    if "step" in state and not ("done" in state or "ema" in state):  # of train_vae, on the way; a checkpoint of train.py has a finished one
+    if "step" in state and not ("done" in state or "ema" in state):  # an unfinished one of train_vae; those of train.py hold a finished VAE
         steps = state["vae_config"]["steps"]
         raise ValueError(f"{path}: its training was stopped at step {state['step']:,} of {steps:,}; finish it first: the same command as then, with --resume")
     vae = VAE(VAEConfig(**state["vae_config"])).to(device)
@@ -579,7 +586,7 @@ def load_pretrained(path):
     path: a folder of diffusers' AutoencoderKL; or a file, .safetensors or of torch, with its weights or with those of the
     original latent diffusion (Rombach et al. 2022), alone or within the whole model's checkpoint.
     A folder also says how the latents are standardised; a file does not: they then stay as they are (mean 0, std 1 are
-    assumed) until `standardise` measures them. Raises ValueError, naming the file.
+    assumed) until `measure_statistics` measures them. Raises ValueError, naming the file.
     """
     path, settings = Path(path), {}
     if path.is_dir():
@@ -664,23 +671,21 @@ if __name__ == "__main__":
 
     from data import open_pairs, readable, to_pixels
     from sample import pick_device
-    from train import parse, prepare_vae, report_errors
+    from train import prepare_vae, read_options, report_errors
 
     def demo():
-        argv, folder = sys.argv[1:], ""
-        if "--encode" in argv[:-1]:
-            at = argv.index("--encode")
-            folder, argv = argv[at + 1], argv[:at] + argv[at + 2 :]
-        config, resume = parse(argv, "Train the VAE of a preset alone and write reconstructions. --encode FOLDER: write the latents of --data there, for train.py --latents.")
+        config, args = read_options(description="Train the VAE of a preset alone and write reconstructions.", encode="FOLDER: write the latents of --data there, for train.py --latents")
+        folder = args.encode
         if folder and not config.data.data:
             raise ValueError("--encode needs --data: the built-in scenes have no end, and are encoded as they are drawn")
         if folder and config.autoencoder.codebook:
             raise ValueError("--encode writes continuous latents; leave it out with --images discrete")
-        vae = prepare_vae(config, pick_device(config.device), resume)
+        vae = prepare_vae(config, pick_device(config.device), args.resume)
         if folder:
             pairs = open_pairs(config.data)
             broken = write_latents(vae, getattr(pairs, "sources", [pairs]), folder)
-            print(f"wrote {folder}" + (f"; {broken:,} pictures could not be read" if broken else "") + f". Now: python train.py ... --data {config.data.data} --latents {folder} --vae {config.vae or Path(config.out) / 'vae.pt'}")
+            print(f"wrote {folder}" + (f"; {broken:,} pictures could not be read" if broken else ""))
+            print(f"Now: python train.py ... --data {config.data.data} --latents {folder} --vae {config.vae or Path(config.out) / 'vae.pt'}")
             return
         pairs = open_pairs(config.data, "held_out")
         x = to_pixels(np.stack([pixels for _, pixels in readable(pairs, 0, 16)])).to(next(vae.parameters()).device)

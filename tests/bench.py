@@ -38,9 +38,9 @@ import sample
 from attention_mask import flex_mask, transfusion_mask
 from data import NO_LOSS, Pairs, Picture, Tokenizer, collate, load_image
 from diffusion import DDPM, guide
-from model import SIZES, Transfusion, TransfusionConfig, rope_table, rotate, training_flops
+from model import SIZES, Transfusion, TransfusionConfig, mean_context, peak_flops, rope_table, rotate, training_flops
 from sample import generate
-from train import Config, autocast, losses, mean_context, peak_flops, wrap
+from train import Config, autocast, losses, wrap
 
 
 def alternate(functions, repeats, warm_up=1):

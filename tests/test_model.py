@@ -256,7 +256,7 @@ def test_writing_a_cache_slot_again_replaces_it():
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(dim=100, n_heads=3), "multiple of 6"), (dict(patch_size=3), "must divide"),
-    (dict(patch_encoder="conv"), "must be linear or unet"), (dict(patch_encoder="unet", patch_size=3, latent_size=33), "power of two"),
+    (dict(patch_encoder="conv"), "must be one of linear, unet"), (dict(patch_encoder="unet", patch_size=3, latent_size=33), "power of two"),
     (dict(patch_encoder="unet", unet_channels=100), "unet_channels is 100; .* multiple of 8"), (dict(patch_encoder="unet", unet_blocks=0), "unet_blocks is 0"),
     (dict(images="pixels"), "continuous, discrete"), (dict(image_attention="both"), "bidirectional, causal"),
     (dict(n_heads=6, n_kv_heads=4), "n_kv_heads is 4"), (dict(rope_scaling=(8, 1)), "four numbers")])  # fmt: skip

@@ -13,7 +13,7 @@ from torch import nn
 
 from attention_mask import transfusion_mask
 from model import Transfusion, TransfusionConfig, freeze_text, load_llama
-from vae import VAE, VAEConfig, from_latent_diffusion, load_pretrained, load_vae, read_safetensors, save_checkpoint, standardise, write_safetensors
+from vae import VAE, VAEConfig, from_latent_diffusion, load_pretrained, load_vae, measure_statistics, read_safetensors, save_checkpoint, write_safetensors
 
 VAES = ["stable diffusion", "without quant", "by channel", "latent diffusion"]
 LLAMAS = ["llama 2", "grouped, untied", "llama 3.1", "llama 3.2, tied"]
@@ -111,7 +111,7 @@ def test_unscaled_latents_can_be_measured():
     values, _, weights = fixture("vaes.npz", "latent diffusion")
     vae = from_latent_diffusion(weights, "weights")
     pictures = lambda first, n: torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(first)) * 2 - 1
-    standardise(vae, pictures, 256)
+    measure_statistics(vae, pictures, 256)
     x = pictures(0, 256)
     z = vae.encode(x, torch.randn(256, 4, 4, 4, generator=torch.Generator().manual_seed(0)))
     assert z.mean((0, 2, 3)).abs().max() < 0.05 and (z.std((0, 2, 3)) - 1).abs().max() < 0.05

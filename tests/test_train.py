@@ -363,7 +363,7 @@ def complaint(script, *args):
     (["--rows", "0"], "rows"), (["--lr", "-1"], "lr"), (["--steps", "0"], "steps"), (["--dim", "50", "--n_heads", "3"], "multiple of 6"),
     (["--judged", "0"], "judged"), (["--micro_rows", "-1"], "micro_rows is -1"), (["--ema", "1"], "ema is 1.0"), (["--ema", "nan"], "below 1"),
     (["--shard", "2"], "--fsdp"),    (["--lambda_ddpm", "-5"], "lambda_ddpm is -5"), (["--lambda_ddpm", "inf"], "lambda_ddpm"), (["--lr", "inf"], "lr is inf"), (["--seed", "-1"], "seed is -1"),
-    (["--beta2", "1"], "beta2"), (["--code_top_p", "0"], "code_top_p"), (["--patch_encoder", "conv"], "linear or unet"), (["--patch_encoder", "unet", "--unet_channels", "100"], "multiple of"),
+    (["--beta2", "1"], "beta2"), (["--code_top_p", "0"], "code_top_p"), (["--patch_encoder", "conv"], "linear, unet"), (["--patch_encoder", "unet", "--unet_channels", "100"], "multiple of"),
 ], ids=lambda value: value if isinstance(value, str) else " ".join(value))  # fmt: skip
 def test_wrong_options_of_train(args, expected, tmp_path):
     config = [] if "--config" in args else ["--config", "small"]

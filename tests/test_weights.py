@@ -15,7 +15,7 @@ from data import DataConfig, Tokenizer
 from diffusion import DDPM
 from sample import Trained, export, generate, load
 from train import Config, Run, parse
-from vae import VAE, VAEConfig, save_checkpoint, standardise, write_safetensors
+from vae import VAE, VAEConfig, measure_statistics, save_checkpoint, write_safetensors
 
 SMALL_VAE = dict(channels=16, channel_multiples=(1, 2), n_res=0, latent_channels=3, mid_attention=False)
 
@@ -219,7 +219,7 @@ def test_another_vae_is_refused_when_training_goes_on(small_run, tmp_path):
 
 def test_a_pretrained_vae_is_measured_before_it_is_used(tmp_path, monkeypatch):
     """A file of latent diffusion does not say how its latents are scaled. Here four pictures must do."""
-    monkeypatch.setattr(vae_module, "standardise", lambda vae, pictures, batch: standardise(vae, lambda first, n: pictures(first, 4), 2048))
+    monkeypatch.setattr(vae_module, "measure_statistics", lambda vae, pictures, batch: measure_statistics(vae, lambda first, n: pictures(first, 4), 2048))
     _, _, weights = fixture("vaes.npz", "latent diffusion")
     torch.save({"state_dict": weights}, tmp_path / "sd.ckpt")
     code, out, err = train(tmp_path, "a", vae=tmp_path / "sd.ckpt")
