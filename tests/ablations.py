@@ -4,19 +4,22 @@
     python tests/ablations.py --tables attention --seeds 0
     python tests/ablations.py --steps 30 --judged 8          in minutes: does everything run?
 
-A cell is one variant with one seed, trained and scored by train.py in out/ablations/<variant>-<steps>-<seed>. A finished cell is
-not trained again, and one that was cut off goes on from its last checkpoint, at most 200 steps ago. All rows of a table get the
-same compute: --steps is the number of steps of the table's yardstick, and every other row takes as many steps as cost the same
-training FLOPs. The two autoencoders, continuous and discrete, are trained once and shared by all cells. One of these at a time.
+A cell is one variant with one seed, trained and scored by train.py in out/ablations/<variant>-<steps>-<seed>-<recipe>. A finished
+cell is not trained again, one that was cut off goes on from its last checkpoint, at most 200 steps ago, and the recipe is a hash of
+all options, so that other presets make other cells; what the code does, it cannot see. All rows of a table get the same compute:
+--steps is the number of steps of the table's yardstick, and every other row takes as many steps as cost the same training FLOPs.
+The autoencoders are trained once, with seed 0, and shared by all cells: no range has their spread in it. One of these at a time.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +27,21 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from train import Run, parse  # noqa: E402
 from vae import load_checkpoint  # noqa: E402
 
 # ---- What is compared: the words after `python train.py` ------------------------------------------------------------------
 
 PAPER = "--config small --patch_size 2"  # the paper's 2 x 2 linear patches, bidirectional, noise limit 500: the yardstick
 TRANSFUSION, CHAMELEON = "--config small --patch_size 4", "--config chameleon"  # a quarter as many patches as codes, as in the paper
+SAME_SHAPE = f"{CHAMELEON} --vae_unshuffle 4 --vae_latent_channels 4 --vae_batch 8"  # a VQ-VAE of the VAE's shape, as in the paper
 TABLES = {
-    "models": {"Transfusion": TRANSFUSION, "Chameleon": CHAMELEON},
+    "models": {
+        "Transfusion, 4 patches": TRANSFUSION,
+        "Chameleon, 16 codes": CHAMELEON,
+        "Transfusion, 16 patches": PAPER,
+        "Chameleon, 64 codes": SAME_SHAPE,
+    },
     "attention": {
         "linear, causal": f"{PAPER} --image_attention causal",
         "linear, bidirectional": PAPER,
@@ -45,9 +55,14 @@ TABLES = {
         "linear, 8x8": "--config small --patch_size 8",
         "U-Net, 2x2": f"{PAPER} --patch_encoder unet",
         "U-Net, 4x4": "--config small --patch_size 4 --patch_encoder unet",
-        "U-Net, 8x8": "--config small --patch_size 8 --patch_encoder unet",
+        "U-Net, 8x8": "--config small --patch_size 8 --patch_encoder unet --unet_channels 128",  # 64 numbers do not hold a whole picture
     },
-    "noise": {"t <= 1000": f"{PAPER} --image_first_max_t 1000", "t <= 500": PAPER},
+    "noise": {  # drawn as the preset does, more often high than low, and uniformly, as in the paper
+        "t <= 1000": f"{PAPER} --image_first_max_t 1000",
+        "t <= 500": PAPER,
+        "uniform, t <= 1000": f"{PAPER} --t_draw uniform --image_first_max_t 1000",
+        "uniform, t <= 500": f"{PAPER} --t_draw uniform",
+    },
 }
 SIZES = ["--dim 64 --n_layers 3 --n_heads 2", "--dim 96 --n_layers 4 --n_heads 3", "", "--dim 192 --n_layers 8 --n_heads 6"]  # "": the preset's
 # Rows that every patch size fills to 95 % or more; and enough captions before their pictures for both to be learned within the steps.
@@ -66,30 +81,43 @@ def call(words, log=None):
         raise SystemExit(f"{' '.join(map(str, words))}\n{done.stdout[-2000:]}\nfailed")
 
 
+def autoencoder(variant):
+    """The part of a variant's words that its autoencoder depends on."""
+    words = variant.split()
+    return [word for pair in zip(words[::2], words[1::2]) if pair[0] == "--config" or pair[0].startswith("--vae_") for word in pair]
+
+
 def arguments(variant, out):
     """A variant's words for train.py, with its autoencoder."""
-    vae = out / ("vqvae" if CHAMELEON in variant else "vae") / "vae.pt"
-    return [*variant.split(), *COMMON.split(), "--vae", str(vae)]
+    return [*variant.split(), *COMMON.split(), "--vae", str(out / name(autoencoder(variant)) / "vae.pt")]
+
+
+def name(words):
+    """Of a folder: --config small --patch_size 2 -> small-patch_size-2."""
+    return "-".join(words).replace("--config-", "").replace("--", "")
+
+
+def recipe(words):
+    """A hash of every option of train.py that a result depends on, set by these words or by the preset."""
+    config = {key: value for key, value in asdict(parse(words)[0]).items() if key not in ("out", "vae", "seed", "judged")}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:6]
 
 
 def flops_per_step(variant, out):
     """Training FLOPs of a step of a variant, measured once on the first batches of its own stream and noted in flops.json."""
-    from train import Run, parse
-
-    notes = out / "flops.json"
-    known = json.loads(notes.read_text()) if notes.exists() else {}
-    if variant not in known:
-        run = Run(parse([*arguments(variant, out), "--out", str(out / "flops"), "--eval_documents", "1"])[0])
-        known[variant] = float(np.mean([run.train_step()["flops"] for _ in range(5)]))
+    notes, words = out / "flops.json", arguments(variant, out)
+    known, key = json.loads(notes.read_text()) if notes.exists() else {}, f"{variant} {recipe(words)}"
+    if key not in known:
+        run = Run(parse([*words, "--out", str(out / "flops"), "--eval_documents", "1"])[0])
+        known[key] = float(np.mean([run.train_step()["flops"] for _ in range(5)]))
         notes.write_text(json.dumps(known, indent=1))
-    return known[variant]
+    return known[key]
 
 
 def folder(variant, yardstick, seed, args):
     """Where a cell lies, and how many steps it takes."""
     steps = round(args.steps * flops_per_step(yardstick, args.out) / flops_per_step(variant, args.out))
-    words = variant.replace("--config ", "").replace("--", "").split()
-    return args.out / "-".join([*words, f"{steps}steps", f"seed{seed}"]), steps
+    return args.out / f"{name(variant.split())}-{steps}steps-seed{seed}-{recipe(arguments(variant, args.out))}", steps
 
 
 def train_cell(place, steps, variant, seed, args):
@@ -106,11 +134,12 @@ def train_cell(place, steps, variant, seed, args):
 
 def scores(place):
     """What a finished cell measured: % of prompts and captions right, of held-out combinations and (never_) of pairs of colour and
-    shape never seen; perplexity per token of held-out captions; training FLOPs; steps."""
+    shape never seen; perplexity per token of new captions of seen combinations (that held-out ones do not occur is a thing to
+    learn, too); training FLOPs; steps."""
     splits = json.loads((place / "scores.json").read_text())["splits"]
     found = {prefix + what: 100 * splits[split][what]["all"] for prefix, split in (("", "held_out"), ("never_", "never_seen")) for what in ("prompts", "captions")}
     steps = [line for line in map(json.loads, (place / "log.jsonl").read_text().splitlines()) if "flops" in line]
-    return found | {"perplexity": splits["held_out"]["perplexity_per_token"], "steps": steps[-1]["step"],
+    return found | {"perplexity": splits["seen"]["perplexity_per_token"], "steps": steps[-1]["step"],
                     "flops": steps[-1]["step"] * np.mean([line["flops"] for line in steps])}  # fmt: skip
 
 
@@ -122,9 +151,9 @@ def spread(values, digits=1):
     return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
-def print_table(name, rows, args):
+def print_table(title, rows, args):
     """rows: {label: (variant, yardstick)}."""
-    print(f"\n### {name}: mean (and range) of seeds {', '.join(map(str, args.seeds))}; % of {args.judged} right\n")
+    print(f"\n### {title}: mean (and range) of seeds {', '.join(map(str, args.seeds))}; % of {args.judged} right\n")
     print("| | prompts: held out | never seen | captions: held out | never seen | perplexity | steps | TFLOPs |\n|---|---|---|---|---|---|---|---|")
     for row, cell in rows.items():
         cells = [scores(folder(*cell, seed, args)[0]) for seed in args.seeds]
@@ -165,10 +194,10 @@ def draw_scaling(args, rows):
     panels = {"prompts": "prompts right, %", "captions": "captions right, %", "perplexity": "perplexity per token"}
     figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.2), layout="constrained")
     for (score, label), ax in zip(panels.items(), axes):
-        for (name, variants), colour in zip(rows.items(), ("tab:blue", "tab:orange")):
+        for (model, variants), colour in zip(rows.items(), ("tab:blue", "tab:orange")):
             cells = [[scores(folder(*cell, seed, args)[0]) for seed in args.seeds] for cell in variants]
             flops, values = ([[cell[key] for cell in size] for size in cells] for key in ("flops", score))
-            ax.plot(np.mean(flops, axis=1), np.mean(values, axis=1), "o-", color=colour, label=name)
+            ax.plot(np.mean(flops, axis=1), np.mean(values, axis=1), "o-", color=colour, label=model)
             ax.scatter(np.ravel(flops), np.ravel(values), s=8, color=colour, alpha=0.5)
         ax.set(xscale="log", xlabel="training FLOPs", title=label)
         ax.grid(alpha=0.3)
@@ -193,13 +222,14 @@ def main(argv=None):
     scaling = {}
     if "scaling" in args.tables:  # each size has a compute of its own, that of its Transfusion; the preset's is the other tables'
         yardsticks = [f"{TRANSFUSION} {size}" if size else PAPER for size in SIZES]
-        scaling = {name: [(f"{model} {size}".strip(), yardstick) for size, yardstick in zip(SIZES, yardsticks)] for name, model in TABLES["models"].items()}
-        tables["scaling"] = {f"{name}, {size or 'the preset'}": cell for name, cells in scaling.items() for size, cell in zip(SIZES, cells)}
+        models = {"Transfusion": TRANSFUSION, "Chameleon": CHAMELEON}
+        scaling = {model: [(f"{words} {size}".strip(), yardstick) for size, yardstick in zip(SIZES, yardsticks)] for model, words in models.items()}
+        tables["scaling"] = {f"{model}, {size or 'the preset'}": cell for model, cells in scaling.items() for size, cell in zip(SIZES, cells)}
     work = list(dict.fromkeys(cell for table in tables.values() for cell in table.values()))
-    for preset, name in ((PAPER, "vae"), (CHAMELEON, "vqvae")):
-        path, used = args.out / name / "vae.pt", any((CHAMELEON in variant) == (preset == CHAMELEON) for variant, _ in work)
-        if (used or preset == PAPER) and not (path.exists() and load_checkpoint(path).get("done")):
-            call(["vae.py", *preset.split()[:2], "--out", str(path.parent), "--resume"])
+    for words in dict.fromkeys(tuple(autoencoder(variant)) for cell in work for variant in cell):  # of the yardsticks, too
+        path = args.out / name(words) / "vae.pt"
+        if not (path.exists() and load_checkpoint(path).get("done")):
+            call(["vae.py", *words, "--out", str(path.parent), "--resume"])
     cells = [(*folder(*cell, seed, args), cell[0], seed, args) for seed in args.seeds for cell in work]
     pool = ThreadPoolExecutor(args.jobs)
     try:
@@ -207,8 +237,8 @@ def main(argv=None):
             done.result()
     finally:  # of a failure, or Ctrl-C, in one cell: begin no others
         pool.shutdown(cancel_futures=True)
-    for name, rows in tables.items():
-        print_table(name, rows, args)
+    for table, rows in tables.items():
+        print_table(table, rows, args)
     if "models" in tables:
         print_besides(tables["models"], args)
     if scaling:
