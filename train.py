@@ -179,7 +179,9 @@ PRESETS = {
     # Drawing that is the slow part here, so more pairs teach it.
     "relations": SMALL | dict(data=SMALL["data"] | dict(grammar="relations", seq_len=104, caption_first=0.6), max_steps=4500, eval_every=1000),
     # The paper's baseline on the same data, at the same FLOPs a step. As in the paper a picture is four times as many codes (16) as
-    # patches, and norms, z-loss and queries and keys are Chameleon's; the optimiser and its learning rate are small's, which suit it.
+    # patches, and the norms' places and z-loss are Chameleon's (RMSNorm on queries and keys where it has LayerNorm). Optimiser and
+    # learning rate are small's. Departs: a VQ-VAE of twice the VAE's downsampling, since 64
+    # codes a picture would learn far more slowly.
     "chameleon": SMALL | dict(
         model=SMALL["model"] | dict(images="discrete", post_norm=True), z_loss=1e-5,
         data=SMALL["data"] | dict(seq_len=104, caption_first=0.6),  # drawing is the slow part here
@@ -324,7 +326,7 @@ def in_bf16(config, device):
 
 
 def autocast(config, device):
-    """bfloat16 for matrix products; norms, softmax, losses and all of the diffusion stay in float32."""
+    """bfloat16 for matrix products and convolutions; RMSNorm, softmax, losses and all of the diffusion stay in float32."""
     return torch.autocast(device.type, torch.bfloat16) if in_bf16(config, device) else nullcontext()
 
 

@@ -194,6 +194,18 @@ def test_unet_sees_its_timestep_and_its_skips():
     assert len(outputs) == 3 * 2 and all((expected - other).abs().max() > 1e-2 for other in changed)
 
 
+def test_what_the_trunk_says_reaches_a_fresh_unets_output():
+    """Beside the skip connections: a decoder that hardly listens learns late what the text asks for."""
+    unet = tiny_model(patch_encoder="unet", side=8).patches
+    x, t = torch.randn(8, 3, 8, 8), torch.full((8,), 1000)
+    with torch.no_grad():
+        h, skips = unet.encode(x, t)
+        one, two = (unet.decode(torch.randn_like(h), skips) for _ in range(2))
+        other = unet.decode(torch.randn_like(h), unet.encode(torch.randn_like(x), t)[1])
+    by_trunk, by_both = (one - two).std(), (one - other).std()
+    assert by_trunk > 0.3 * by_both
+
+
 def test_a_unet_learns():
     torch.manual_seed(0)
     unet = UNetPatches(TransfusionConfig(dim=32, n_heads=2, latent_channels=3, latent_size=8, patch_encoder="unet", unet_channels=32, unet_blocks=1))
