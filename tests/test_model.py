@@ -195,15 +195,16 @@ def test_unet_sees_its_timestep_and_its_skips():
 
 
 def test_what_the_trunk_says_reaches_a_fresh_unets_output():
-    """Beside the skip connections: a decoder that hardly listens learns late what the text asks for."""
-    unet = tiny_model(patch_encoder="unet", side=8).patches
-    x, t = torch.randn(8, 3, 8, 8), torch.full((8,), 1000)
+    """Beside the skip connections; a U-Net that hardly listens at first learns late what the text asks for."""
+    torch.manual_seed(0)
+    sizes = dict(dim=128, n_layers=1, n_heads=4, mlp_multiple=32, vocab_size=10, latent_channels=4, latent_size=8)
+    unet = Transfusion(TransfusionConfig(**sizes, patch_encoder="unet", unet_channels=64, unet_blocks=1)).patches
+    x, t = torch.randn(2, 8, 4, 8, 8), torch.full((8,), 1000)
     with torch.no_grad():
-        h, skips = unet.encode(x, t)
-        one, two = (unet.decode(torch.randn_like(h), skips) for _ in range(2))
-        other = unet.decode(torch.randn_like(h), unet.encode(torch.randn_like(x), t)[1])
-    by_trunk, by_both = (one - two).std(), (one - other).std()
-    assert by_trunk > 0.3 * by_both
+        h, skips = unet.encode(x[0], t)
+        first, second = (unet.decode(torch.randn_like(h), skips) for _ in range(2))
+        other = unet.decode(torch.randn_like(h), unet.encode(x[1], t)[1])
+    assert (first - second).std() > 0.53 * (first - other).std()  # 0.58; 0.47 with the decoder drawn as other linear layers are
 
 
 def test_a_unet_learns():
