@@ -174,6 +174,469 @@ def _replace(ids, pair, new):
     return tuple(out)
 
 
+# ---- The batch -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Picture:
+    """An image inside a document, loaded only when its batch is made."""
+
+    load: Callable  # () -> uint8 (H, W, 3); raises ValueError if that cannot be done
+    max_t: int  # the largest timestep it may be noised to; 0: it is shown clean, as conditioning, and has no loss
+    instead: Callable | None = None  # () -> the document, no longer, that takes the place of this one if the picture is broken
+
+
+class Cut(list):
+    """The tokens of a text that goes on in another document: the end of its sequence is not its own, and <EOS> is no target there."""
+
+
+def length(document, n_patches):
+    """Positions that a document takes as input: <BOS>, its tokens, and <BOI> patches <EOI> for each picture."""
+    return 1 + sum(n_patches + 2 if isinstance(segment, Picture) else len(segment) for segment in document)
+
+
+@dataclass
+class Batch:
+    """B rows of S positions and the N images in them, in reading order."""
+
+    tokens: torch.Tensor  # (B, S) int64: the input; at a patch or padding, the padding id, which nothing reads
+    targets: torch.Tensor  # (B, S) int64: the next token, NO_LOSS where the language model has none
+    image_id: torch.Tensor  # (B, S) int64: which of `images` a patch belongs to, -1 for text
+    doc_id: torch.Tensor  # (B, S) int64: which document of its row a position belongs to, -1 for padding
+    positions: torch.Tensor  # (B, S) int64: place within the document, for RoPE
+    images: torch.Tensor  # (N, 3, H, W) float32 in -1..1; with cached latents (N, 2 C, h, w), the posterior's mean and log-variance
+    max_t: torch.Tensor  # (N,) int64: the largest timestep of each image, 0 = clean conditioning without a loss
+
+    def to(self, device):
+        """The same batch on another device."""
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def to_pixels(images):
+    """uint8 pictures (..., H, W, 3) -> float32 (..., 3, H, W) in -1..1, as the VAE takes them."""
+    return torch.as_tensor(np.asarray(images)).movedim(-1, -3).float() / 127.5 - 1
+
+
+def load_pictures(document, errors):
+    """-> (document, its pictures' pixels); if one cannot be read, those of the document that takes its place."""
+    while True:
+        pictures = [segment for segment in document if isinstance(segment, Picture)]
+        try:
+            return document, [picture.load() for picture in pictures]
+        except ValueError as error:
+            if errors is None or not pictures[0].instead:
+                raise
+            errors.append(str(error))
+            document = pictures[0].instead()
+
+
+def collate(rows, tokenizer, seq_len, n_patches, errors=None):
+    """Lay rows of documents out as a Batch. Of a document whose picture cannot be read, another takes the place, and the list
+    `errors` says why; without such a list, ValueError is raised.
+
+    A position's target is the next token of its document, <EOS> after the last. There is none where the input is <BOI>
+    (footnote 8) or a patch; so <BOI> is a target, <EOI> is not (it is inserted, never sampled), and <EOI> as input
+    predicts the text that follows it. A piece of a longer text (`Cut`) has none at its end.
+    """
+    shape = len(rows), seq_len
+    tokens, targets = np.full(shape, tokenizer.pad), np.full(shape, NO_LOSS)
+    image_id, doc_id, positions = np.full(shape, TEXT), np.full(shape, PADDING), np.zeros(shape, int)
+    images, max_t = [], []
+    for b, row in enumerate(rows):
+        start = 0
+        for d, document in enumerate(row):
+            document, pixels = load_pictures(document, errors)
+            ids, owner, pixels = [tokenizer.bos], [TEXT], iter(pixels)
+            for segment in document:
+                if isinstance(segment, Picture):
+                    ids += [tokenizer.boi] + [tokenizer.pad] * n_patches + [tokenizer.eoi]
+                    owner += [TEXT] + [len(images)] * n_patches + [TEXT]
+                    images.append(next(pixels))
+                    max_t.append(segment.max_t)
+                else:
+                    ids += segment
+                    owner += [TEXT] * len(segment)
+            here = slice(start, start + len(ids))
+            ids, owner = np.array(ids), np.array(owner)
+            has_loss = (ids != tokenizer.boi) & (owner == TEXT)
+            tokens[b, here], image_id[b, here], doc_id[b, here] = ids, owner, d
+            end = NO_LOSS if document and isinstance(document[-1], Cut) else tokenizer.eos
+            targets[b, here] = np.where(has_loss, np.append(ids[1:], end), NO_LOSS)
+            positions[b, here] = np.arange(len(ids))
+            start += len(ids)
+    images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+    images = to_pixels(images) if images.dtype == np.uint8 else torch.from_numpy(images).float()
+    return Batch(*map(torch.from_numpy, (tokens, targets, image_id, doc_id, positions)), images, torch.tensor(max_t, dtype=torch.long))
+
+
+def fill_codes(batch, codes):
+    """A Batch for a discrete model (Chameleon): images become tokens, each the target of the position before it, and <EOI> of the
+    last; those that only condition (max_t 0) have no loss. codes: (N, n_patches) int64, ids of the shared vocabulary."""
+    tokens = batch.tokens.masked_scatter(batch.image_id != TEXT, codes)
+    image = torch.maximum(batch.image_id, batch.image_id.roll(-1, 1))  # that a position's target belongs to, or is the end of
+    has_loss = F.pad(batch.max_t, (0, 1))[image] > 0  # the 0 behind is that of text
+    targets = torch.where(has_loss, tokens.roll(-1, 1), batch.targets)
+    return replace(batch, tokens=tokens, targets=targets, images=batch.images[:0], max_t=batch.max_t[:0])
+
+
+# ---- Documents ------------------------------------------------------------------------------------------------------
+
+
+def mix(*numbers):
+    """Integers to 64 well-mixed bits (splitmix64, Steele et al. 2014)."""
+    x, word = 0, 2**64 - 1
+    for n in numbers:
+        x = ((x ^ n) + 0x9E3779B97F4A7C15) & word
+        x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & word
+        x = ((x ^ x >> 27) * 0x94D049BB133111EB) & word
+        x ^= x >> 31
+    return x
+
+
+def shuffled(i, n, key):
+    """Where number i comes in the shuffle of 0..n-1 that the integer `key` picks. It needs no table: a Feistel network permutes
+    the numbers below the next power of 4, and is applied again to what falls outside (Black & Rogaway 2002)."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = i >> half, i & ((1 << half) - 1)
+        for turn in range(4):
+            left, right = right, left ^ (mix(key, turn, right) & ((1 << half) - 1))
+        i = left << half | right
+        if i < n:
+            return i
+
+
+def interleave(index, weights, seed):
+    """Which of several sources number `index` comes from, and its number there. Each source is used in proportion to its weight,
+    at irregular intervals, and walked through in order 0, 1, 2, ... but for a shuffle of neighbours."""
+    if len(weights) == 1:
+        return 0, index
+    block, i = divmod(index, 1024)
+    index = 1024 * block + shuffled(i, 1024, mix(seed, 9, block))
+    for which in range(len(weights) - 1):
+        share = round(weights[which] / sum(weights[which:]) * 2**32)  # of those that the sources before have left
+        before = index * share >> 32
+        if (index + 1) * share >> 32 > before:
+            return which, before
+        index -= before
+    return len(weights) - 1, index
+
+
+class Documents:
+    """document(index): a list of segments, each a list of token ids or a Picture. Pairs come in the paper's two orders; between
+    them (or edits, or stories), text alone, so that it makes `text_fraction` of all positions (mean lengths are measured first).
+
+    pairs: as Scenes or Pairs; for edits and stories, Stories. text: as SceneText or TextFiles, or None. n_patches: positions a picture takes, needed with text
+    """
+
+    def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0, text=None, n_patches=0):
+        self.options = pairs, tokenizer, config, timesteps, seed, text, n_patches
+        self.pairs, self.tokenizer, self.config, self.timesteps, self.seed, self.text = self.options[:6]
+        self.n_pairs = len(pairs) if hasattr(pairs, "__len__") else None  # None: without end
+        self._illustrated = {"pairs": self._pair, "edits": self._edit, "stories": self._story}[config.documents]
+        self.weights = [1.0]  # of documents with pictures and of text, by their number
+        if text:
+            of_pictures, of_text = (np.mean([length(make(i), n_patches) for i in range(500)]) for make in (self._illustrated, self._text))
+            self.weights = [(1 - config.text_fraction) / of_pictures, config.text_fraction / of_text]
+        self._made = lru_cache(maxsize=1024)(self._make)  # the stream asks for a document's length, then for the document
+
+    def __call__(self, index):
+        return self._made(index)
+
+    def __reduce__(self):
+        return Documents, self.options
+
+    def _make(self, index):
+        is_text, number = interleave(index, self.weights, self.seed)
+        return self._text(number) if is_text else self._illustrated(number)
+
+    def _text(self, number):
+        return [self.text.ids(number)]
+
+    def _pair(self, number, attempt=0, room=0):
+        """Pair `number`; or, if its picture proves broken, the one `attempt` after it, without its caption if that needs more than `room`."""
+        caption, load = self.pairs.pair(number + attempt)
+        ids = self.tokenizer.encode(caption)
+        order, drop = np.random.default_rng([self.seed, 7, number]).random(2)
+        caption_first = order < self.config.caption_first
+        if caption_first and drop < self.config.drop_caption or attempt and len(ids) > room:
+            ids = []
+        instead = (lambda: self._pair(number, attempt + 1, room if attempt else len(ids))) if attempt < 100 else None
+        picture = Picture(load, self.timesteps if caption_first else min(self.config.image_first_max_t, self.timesteps), instead)
+        return [ids, picture] if caption_first else [picture, ids]
+
+    def _edit(self, number):
+        """<BOI> input <EOI> instruction <BOI> output <EOI> (section 4.5): the input is conditioning, clean and without a diffusion loss.
+        Nothing is dropped: what is left open by a picture and an instruction is too little for guidance to sharpen."""
+        (before, after), (instruction,) = self.pairs.example(number)
+        return [Picture(before.render, 0), self.tokenizer.encode(instruction), Picture(after.render, self.timesteps)]
+
+    def _story(self, number):
+        """caption <BOI> picture <EOI> instruction <BOI> picture <EOI> ...: a picture that is sampled has finished ones before it. So one
+        picture is picked: those before it are clean, without a diffusion loss, and from it on all are noised. The later ones are
+        picked more often, for they must learn to look at pictures; the first has words alone, as in a pair. Those after it see a noised
+        picture before them, as in the paper's training, which sampling never shows."""
+        scenes, instructions = self.pairs.example(number)
+        u, drop = np.random.default_rng([self.seed, 7, number]).random(2)
+        picked = int(len(scenes) * u**0.5)  # of three pictures: 1, 3 and 5 times in 9
+        texts = [self.tokenizer.encode(text) for text in ("" if drop < self.config.drop_caption else scenes[0].caption, *instructions)]
+        limits = [self.timesteps if k >= picked else 0 for k in range(len(scenes))]
+        return [part for ids, scene, max_t in zip(texts, scenes, limits) for part in (ids, Picture(scene.render, max_t))]
+
+    def name(self, index):
+        """What messages call document `index`."""
+        is_text, number = interleave(index, self.weights, self.seed)
+        return f"text {number}" if is_text else self.pairs.name(number)
+
+
+# ---- Packing ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def say(message):
+    """Print on stderr what somebody should know, once, whatever odd characters a file's name brings."""
+    print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr, flush=True)
+
+
+class Skipped:
+    """Counts what is left out, each thing once, names it on stderr, and raises ValueError when it is more than a share `most` of
+    what was seen, or of 100. what: the plural of what is counted."""
+
+    def __init__(self, what, most):
+        self.what, self.most, self.seen, self.named = what, most, 0, set()
+
+    @property
+    def skipped(self):
+        """How many different things were left out."""
+        return len(self.named)
+
+    def count(self, seen, messages=()):
+        """`seen` more things, of which those that `messages` name were left out."""
+        self.seen, self.named = self.seen + seen, self.named | set(messages)
+        for message in messages:
+            say(f"skipped: {message}")
+        if messages and self.skipped > self.most * max(self.seen, 100):
+            raise ValueError(f"{self.skipped} of {self.seen} {self.what} had to be left out, more than --max_broken {self.most:g} allows; the last: {messages[-1]}")
+
+
+class Stream:
+    """Documents packed into rows of seq_len positions, `rows` rows a step. Row r is packed from documents r, r + rows, r + 2 rows,
+    ..., and from nothing else: whichever rows are `mine`, all ranks together make the rows that one process would.
+
+    Best fit with a look-ahead: a row takes its oldest waiting document, then the longest waiting ones that still fit.
+    Packing looks at lengths only; pictures are loaded by `collate`. A document longer than a row is left out, and counted once,
+    in however many epochs it comes.
+    state: {row: [its next document, those that wait]} of the rows that are mine. The union of all ranks' states says where the
+    whole stream stands, and can be given to any other set of ranks.
+    """
+
+    LOOK_AHEAD = 16  # documents that wait for each row
+
+    def __init__(self, document, seq_len, rows, n_patches, mine=None):
+        self.document, self.seq_len, self.rows, self.n_patches = document, seq_len, rows, n_patches
+        self.mine = list(range(rows) if mine is None else mine)
+        self.state = {r: [r, []] for r in self.mine}
+        self.skipped = Skipped(f"documents (with --seq_len {seq_len})", document.config.max_broken)
+        self.too_long = set()  # the names of what was left out
+        self._lengths = {}  # of the waiting documents
+
+    def load_state(self, state):
+        """Go on from a state, which holds my rows and perhaps others. Raises ValueError if it is of a stream of other rows."""
+        if not set(self.mine) <= set(state):
+            raise ValueError(f"the stream was saved with {len(state)} rows a step and now has {self.rows}; give the --rows that it was started with")
+        self.state = {r: state[r] for r in self.mine}
+
+    def _length(self, i):
+        if i not in self._lengths:
+            self._lengths[i] = length(self.document(i), self.n_patches)
+        return self._lengths[i]
+
+    def numbers(self, r):
+        """Pack the next row r: the numbers of its documents, in order."""
+        (ahead, waiting), row, free = self.state[r], [], self.seq_len
+        waiting = list(waiting)  # states that were handed out stay as they are
+        while True:
+            while len(waiting) < self.LOOK_AHEAD:
+                n = self._length(ahead)
+                if n <= self.seq_len:
+                    waiting.append(ahead)
+                    self.skipped.count(1)
+                elif (name := self.document.name(ahead)) not in self.too_long:
+                    self.too_long.add(name)
+                    message = f"{name} takes {n} positions and seq_len is {self.seq_len}; raise --seq_len or shorten its caption"
+                    self.skipped.count(1, [message])
+                    if len(self.too_long) == self.document.n_pairs:
+                        raise ValueError(f"all {self.document.n_pairs} pairs of a split are too long: {message}")
+                ahead += self.rows
+            fitting = [i for i in waiting if self._length(i) <= free]
+            if not fitting:
+                self.state[r] = [ahead, waiting]
+                return row
+            i = max(fitting, key=self._length) if row else fitting[0]
+            waiting.remove(i)
+            row.append(i)
+            free -= self._lengths.pop(i)
+
+    def __next__(self):
+        """My rows of the next step: a list of lists of documents."""
+        return [[self.document(i) for i in self.numbers(r)] for r in self.mine]
+
+
+class Loader:
+    """The batches of a stream, in order, `batch_rows` of its rows at a time (default: all of them, a whole step).
+
+    workers: processes that load pictures ahead of need; 0 = they are loaded when asked for. Batches are the same either way
+    state: of the stream, after the batches handed out so far; to go on from there, `stream.load_state` before the first `next`
+    skipped: counts pictures that could not be read. Raises ValueError when they are too many, OSError if a worker dies.
+    """
+
+    def __init__(self, stream, tokenizer, workers=0, batch_rows=None):
+        self.stream, self.tokenizer, self.workers, self.batch_rows = stream, tokenizer, workers, batch_rows or len(stream.mine)
+        self.skipped = Skipped("pictures", stream.document.config.max_broken)
+        self._batches, self._states = None, deque()  # the states after the batches that are on their way
+
+    @property
+    def state(self):
+        """Where the stream stands for who has used all the batches handed out, and no more."""
+        return dict(self.stream.state) if self._batches is None else self._state
+
+    def __next__(self):
+        """The next Batch."""
+        if self._batches is None:
+            self._state = self.state
+            batches = DataLoader(Rows(self.stream, self.tokenizer), batch_size=None, sampler=pack(self.stream, self.batch_rows, self._states),
+                                 num_workers=min(self.workers, os.cpu_count() or 1), worker_init_fn=leave_signals, generator=torch.Generator())  # fmt: skip
+            self._batches = iter(batches)
+        try:
+            batch, errors = next(self._batches)
+        except (RuntimeError, EOFError, OSError) as error:
+            raise OSError(f"a process that loads pictures has died ({error}); out of memory, perhaps: try fewer --workers") from None
+        if isinstance(batch, Exception):
+            raise batch
+        self._state = self._states.popleft()
+        self.skipped.count(len(batch.images) + len(errors), errors)
+        return batch
+
+
+def pack(stream, batch_rows, states):
+    """The documents' numbers in the rows of each batch, for ever; `states` takes where the stream stands after it."""
+    while True:
+        for i in range(0, len(stream.mine), batch_rows):
+            rows = [stream.numbers(r) for r in stream.mine[i : i + batch_rows]]
+            states.append(dict(stream.state))
+            yield rows
+
+
+@dataclass
+class Rows:
+    """Makes batches where DataLoader wants them."""
+
+    stream: Stream
+    tokenizer: Tokenizer
+
+    def __getitem__(self, rows):
+        """Documents' numbers -> a Batch and what went wrong. What stops training is a value too: a worker would raise it with its traceback."""
+        stream, errors = self.stream, []
+        try:
+            return collate([[stream.document(i) for i in row] for row in rows], self.tokenizer, stream.seq_len, stream.n_patches, errors), errors
+        except (ValueError, OSError) as error:
+            return error, errors
+
+
+def leave_signals(worker):
+    """In a worker: Ctrl-C is for the training process, which then ends its workers and says all that there is to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None  # of the thread that hands tensors over, when nobody takes them any more
+
+
+def open_pairs(config, split="train", seed=0):
+    """The source of pairs that a DataConfig names, cut to a split: Scenes, Stories, Pairs, or a Mixture. Raises ValueError, saying what is wrong."""
+    if config.documents != "pairs":
+        return Stories(config.grammar, config.image_size, split, seed, CHANGES[config.documents])
+    if not config.data:
+        return Scenes(config.grammar, config.image_size, split, seed)
+    sources, weights = [], []
+    for item in [config.data] if Path(config.data).exists() else config.data.split(","):
+        path, colon, weight = item.rpartition(":")
+        if not colon or not re.fullmatch(r"[0-9.]+", weight) or Path(item).exists():
+            path, weight = item, 1
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise ValueError(f"--data {item}: {weight!r} is no weight") from None
+        if not path or weights[-1] <= 0:
+            raise ValueError(f"--data {config.data}: wants paths with commas between them, each with a weight above 0 if any, as in a:2,b.tar")
+        latents = str(Path(config.latents) / str(len(sources))) if config.latents else ""
+        sources.append(Pairs(path, config.image_size, split, seed, config.max_broken, config.cache, latents))
+    return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]
+
+
+def open_text(config, tokenizer, split="train", seed=0):
+    """The source of text alone that a DataConfig names, cut to a split: TextFiles, or SceneText beside the scenes; None = there is none."""
+    if not config.text_fraction:
+        return None
+    if config.text:
+        return TextFiles(config, tokenizer, split, seed)
+    return None if config.data else SceneText(config, tokenizer, split, seed)
+
+
+def restore_tokenizer(state):
+    """The tokenizer whose `state()` a checkpoint holds."""
+    return JSONTokenizer(state["json"]) if "json" in state else Tokenizer(state["merges"])
+
+
+def open_tokenizer(config, pairs):
+    """The tokenizer that a DataConfig names; merges are learned from the first 2000 captions. Raises ValueError, naming the file."""
+    if not config.tokenizer:
+        return Tokenizer.learn([pairs.pair(i)[0] for i in range(2000)], config.merges) if config.merges else Tokenizer()
+    try:
+        return JSONTokenizer(Path(config.tokenizer).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
+        raise ValueError(f"--tokenizer {config.tokenizer}: {reason}") from None
+
+
+def fitting(pairs, n, tokenizer, seq_len, n_patches):
+    """Numbers of the first n pairs of an epoch, fewer if there are fewer, whose first caption fits a row beside the picture: a
+    longer one is not trained on, and cannot be drawn. Raises ValueError if there is none."""
+    numbers = range(len(pairs)) if hasattr(pairs, "__len__") else itertools.count()
+    taken = lambda i: length([tokenizer.encode(pairs.captions(i)[0])], 0) + n_patches + 2
+    found = list(itertools.islice((i for i in numbers if taken(i) <= seq_len), n))
+    if not found:
+        raise ValueError(f"no caption is short enough for seq_len {seq_len}, of which a picture takes {n_patches + 2}; raise --seq_len")
+    return found
+
+
+def readable(pairs, first, n, skipped=None):
+    """The next n pairs from number `first` on whose pictures can be read -> list of (caption, uint8 pixels). skipped: counts the
+    others, and stops if they are too many. Raises ValueError if a hundred in a row cannot be read."""
+    examples, errors = [], []
+    for index in itertools.count(first):
+        if len(examples) == n:
+            (skipped or Skipped("pictures", 1.0)).count(n + len(errors), errors)
+            return examples
+        caption, load = pairs.pair(index)
+        try:
+            examples.append((caption, load()))
+        except ValueError as error:
+            errors.append(str(error))
+            if len(errors) >= 100 + n:
+                raise
+
+
+def fit_image(image, image_size):
+    """A PIL image as uint8 (image_size, image_size, 3): upright, on white, centre-cropped and resized (section 4.1)."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of whose range nothing is known; save it with 8 or 16 bits")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
+
+
 # ---- The built-in scenes --------------------------------------------------------------------------------------------
 
 COLOURS = {"red": (226, 48, 56), "green": (52, 168, 83), "blue": (46, 92, 222), "yellow": (246, 190, 22),
@@ -347,6 +810,26 @@ class Scenes:
         return f"scene {index}"
 
 
+class SceneText:
+    """Text without pictures beside the scenes: one to twelve sentences, each about a scene of its own; the same splits.
+    ids(i) is always the same list of at most seq_len - 1 tokens."""
+
+    OPENINGS = ("There is", "I see", "The picture shows", "Here we have", "Somebody drew", "Then comes")
+
+    def __init__(self, config, tokenizer, split="train", seed=0):
+        self.scenes, self.tokenizer, self.most = Scenes(config.grammar, 0, split, seed), tokenizer, config.seq_len - 1
+
+    def text(self, index):
+        """Text number `index`."""
+        rng = np.random.default_rng([self.scenes.seed, 8, index])
+        captions = [self.scenes.example(2**40 + 12 * index + k).caption for k in range(rng.integers(1, 13))]  # far from the pictures' scenes
+        return " ".join(f"{self.OPENINGS[rng.integers(len(self.OPENINGS))]} {caption}." for caption in captions)
+
+    def ids(self, index):
+        """Text number `index` as tokens."""
+        return self.tokenizer.encode(self.text(index))[: self.most]
+
+
 CHANGES = {"edits": 1, "stories": 2}  # how often a scene changes in these documents
 
 
@@ -456,418 +939,10 @@ def references(shape, shapes):
     return [*found, "it"] if len(shapes) == 1 else found
 
 
-class SceneText:
-    """Text without pictures beside the scenes: one to twelve sentences, each about a scene of its own; the same splits.
-    ids(i) is always the same list of at most seq_len - 1 tokens."""
-
-    OPENINGS = ("There is", "I see", "The picture shows", "Here we have", "Somebody drew", "Then comes")
-
-    def __init__(self, config, tokenizer, split="train", seed=0):
-        self.scenes, self.tokenizer, self.most = Scenes(config.grammar, 0, split, seed), tokenizer, config.seq_len - 1
-
-    def text(self, index):
-        """Text number `index`."""
-        rng = np.random.default_rng([self.scenes.seed, 8, index])
-        captions = [self.scenes.example(2**40 + 12 * index + k).caption for k in range(rng.integers(1, 13))]  # far from the pictures' scenes
-        return " ".join(f"{self.OPENINGS[rng.integers(len(self.OPENINGS))]} {caption}." for caption in captions)
-
-    def ids(self, index):
-        """Text number `index` as tokens."""
-        return self.tokenizer.encode(self.text(index))[: self.most]
-
-
-# ---- Documents ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Picture:
-    """An image inside a document, loaded only when its batch is made."""
-
-    load: Callable  # () -> uint8 (H, W, 3); raises ValueError if that cannot be done
-    max_t: int  # the largest timestep it may be noised to; 0: it is shown clean, as conditioning, and has no loss
-    instead: Callable | None = None  # () -> the document, no longer, that takes the place of this one if the picture is broken
-
-
-class Cut(list):
-    """The tokens of a text that goes on in another document: the end of its sequence is not its own, and <EOS> is no target there."""
-
-
-def mix(*numbers):
-    """Integers to 64 well-mixed bits (splitmix64, Steele et al. 2014)."""
-    x, word = 0, 2**64 - 1
-    for n in numbers:
-        x = ((x ^ n) + 0x9E3779B97F4A7C15) & word
-        x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & word
-        x = ((x ^ x >> 27) * 0x94D049BB133111EB) & word
-        x ^= x >> 31
-    return x
-
-
-def shuffled(i, n, key):
-    """Where number i comes in the shuffle of 0..n-1 that the integer `key` picks. It needs no table: a Feistel network permutes
-    the numbers below the next power of 4, and is applied again to what falls outside (Black & Rogaway 2002)."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    while True:
-        left, right = i >> half, i & ((1 << half) - 1)
-        for turn in range(4):
-            left, right = right, left ^ (mix(key, turn, right) & ((1 << half) - 1))
-        i = left << half | right
-        if i < n:
-            return i
-
-
-def interleave(index, weights, seed):
-    """Which of several sources number `index` comes from, and its number there. Each source is used in proportion to its weight,
-    at irregular intervals, and walked through in order 0, 1, 2, ... but for a shuffle of neighbours."""
-    if len(weights) == 1:
-        return 0, index
-    block, i = divmod(index, 1024)
-    index = 1024 * block + shuffled(i, 1024, mix(seed, 9, block))
-    for which in range(len(weights) - 1):
-        share = round(weights[which] / sum(weights[which:]) * 2**32)  # of those that the sources before have left
-        before = index * share >> 32
-        if (index + 1) * share >> 32 > before:
-            return which, before
-        index -= before
-    return len(weights) - 1, index
-
-
-class Documents:
-    """document(index): a list of segments, each a list of token ids or a Picture. Pairs come in the paper's two orders; between
-    them (or edits, or stories), text alone, so that it makes `text_fraction` of all positions (mean lengths are measured first).
-
-    pairs: as Scenes or Pairs; for edits and stories, Stories. text: as SceneText or TextFiles, or None. n_patches: positions a picture takes, needed with text
-    """
-
-    def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0, text=None, n_patches=0):
-        self.options = pairs, tokenizer, config, timesteps, seed, text, n_patches
-        self.pairs, self.tokenizer, self.config, self.timesteps, self.seed, self.text = self.options[:6]
-        self.n_pairs = len(pairs) if hasattr(pairs, "__len__") else None  # None: without end
-        self._illustrated = {"pairs": self._pair, "edits": self._edit, "stories": self._story}[config.documents]
-        self.weights = [1.0]  # of documents with pictures and of text, by their number
-        if text:
-            of_pictures, of_text = (np.mean([length(make(i), n_patches) for i in range(500)]) for make in (self._illustrated, self._text))
-            self.weights = [(1 - config.text_fraction) / of_pictures, config.text_fraction / of_text]
-        self._made = lru_cache(maxsize=1024)(self._make)  # the stream asks for a document's length, then for the document
-
-    def __call__(self, index):
-        return self._made(index)
-
-    def __reduce__(self):
-        return Documents, self.options
-
-    def _make(self, index):
-        is_text, number = interleave(index, self.weights, self.seed)
-        return self._text(number) if is_text else self._illustrated(number)
-
-    def _text(self, number):
-        return [self.text.ids(number)]
-
-    def _pair(self, number, attempt=0, room=0):
-        """Pair `number`; or, if its picture proves broken, the one `attempt` after it, without its caption if that needs more than `room`."""
-        caption, load = self.pairs.pair(number + attempt)
-        ids = self.tokenizer.encode(caption)
-        order, drop = np.random.default_rng([self.seed, 7, number]).random(2)
-        caption_first = order < self.config.caption_first
-        if caption_first and drop < self.config.drop_caption or attempt and len(ids) > room:
-            ids = []
-        instead = (lambda: self._pair(number, attempt + 1, room if attempt else len(ids))) if attempt < 100 else None
-        picture = Picture(load, self.timesteps if caption_first else min(self.config.image_first_max_t, self.timesteps), instead)
-        return [ids, picture] if caption_first else [picture, ids]
-
-    def _edit(self, number):
-        """<BOI> input <EOI> instruction <BOI> output <EOI> (section 4.5): the input is conditioning, clean and without a diffusion loss.
-        Nothing is dropped: what is left open by a picture and an instruction is too little for guidance to sharpen."""
-        (before, after), (instruction,) = self.pairs.example(number)
-        return [Picture(before.render, 0), self.tokenizer.encode(instruction), Picture(after.render, self.timesteps)]
-
-    def _story(self, number):
-        """caption <BOI> picture <EOI> instruction <BOI> picture <EOI> ...: a picture that is sampled has finished ones before it. So one
-        picture is picked: those before it are clean, without a diffusion loss, and from it on all are noised. The later ones are
-        picked more often, for they must learn to look at pictures; the first has words alone, as in a pair. Those after it see a noised
-        picture before them, as in the paper's training, which sampling never shows."""
-        scenes, instructions = self.pairs.example(number)
-        u, drop = np.random.default_rng([self.seed, 7, number]).random(2)
-        picked = int(len(scenes) * u**0.5)  # of three pictures: 1, 3 and 5 times in 9
-        texts = [self.tokenizer.encode(text) for text in ("" if drop < self.config.drop_caption else scenes[0].caption, *instructions)]
-        limits = [self.timesteps if k >= picked else 0 for k in range(len(scenes))]
-        return [part for ids, scene, max_t in zip(texts, scenes, limits) for part in (ids, Picture(scene.render, max_t))]
-
-    def name(self, index):
-        """What messages call document `index`."""
-        is_text, number = interleave(index, self.weights, self.seed)
-        return f"text {number}" if is_text else self.pairs.name(number)
-
-
-def length(document, n_patches):
-    """Positions that a document takes as input: <BOS>, its tokens, and <BOI> patches <EOI> for each picture."""
-    return 1 + sum(n_patches + 2 if isinstance(segment, Picture) else len(segment) for segment in document)
-
-
-# ---- Packing ---------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=None)
-def say(message):
-    """Print on stderr what somebody should know, once, whatever odd characters a file's name brings."""
-    print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr, flush=True)
-
-
-class Skipped:
-    """Counts what is left out, each thing once, names it on stderr, and raises ValueError when it is more than a share `most` of
-    what was seen, or of 100. what: the plural of what is counted."""
-
-    def __init__(self, what, most):
-        self.what, self.most, self.seen, self.named = what, most, 0, set()
-
-    @property
-    def skipped(self):
-        """How many different things were left out."""
-        return len(self.named)
-
-    def count(self, seen, messages=()):
-        """`seen` more things, of which those that `messages` name were left out."""
-        self.seen, self.named = self.seen + seen, self.named | set(messages)
-        for message in messages:
-            say(f"skipped: {message}")
-        if messages and self.skipped > self.most * max(self.seen, 100):
-            raise ValueError(f"{self.skipped} of {self.seen} {self.what} had to be left out, more than --max_broken {self.most:g} allows; the last: {messages[-1]}")
-
-
-class Stream:
-    """Documents packed into rows of seq_len positions, `rows` rows a step. Row r is packed from documents r, r + rows, r + 2 rows,
-    ..., and from nothing else: whichever rows are `mine`, all ranks together make the rows that one process would.
-
-    Best fit with a look-ahead: a row takes its oldest waiting document, then the longest waiting ones that still fit.
-    Packing looks at lengths only; pictures are loaded by `collate`. A document longer than a row is left out, and counted once,
-    in however many epochs it comes.
-    state: {row: [its next document, those that wait]} of the rows that are mine. The union of all ranks' states says where the
-    whole stream stands, and can be given to any other set of ranks.
-    """
-
-    LOOK_AHEAD = 16  # documents that wait for each row
-
-    def __init__(self, document, seq_len, rows, n_patches, mine=None):
-        self.document, self.seq_len, self.rows, self.n_patches = document, seq_len, rows, n_patches
-        self.mine = list(range(rows) if mine is None else mine)
-        self.state = {r: [r, []] for r in self.mine}
-        self.skipped = Skipped(f"documents (with --seq_len {seq_len})", document.config.max_broken)
-        self.too_long = set()  # the names of what was left out
-        self._lengths = {}  # of the waiting documents
-
-    def load_state(self, state):
-        """Go on from a state, which holds my rows and perhaps others. Raises ValueError if it is of a stream of other rows."""
-        if not set(self.mine) <= set(state):
-            raise ValueError(f"the stream was saved with {len(state)} rows a step and now has {self.rows}; give the --rows that it was started with")
-        self.state = {r: state[r] for r in self.mine}
-
-    def _length(self, i):
-        if i not in self._lengths:
-            self._lengths[i] = length(self.document(i), self.n_patches)
-        return self._lengths[i]
-
-    def numbers(self, r):
-        """Pack the next row r: the numbers of its documents, in order."""
-        (ahead, waiting), row, free = self.state[r], [], self.seq_len
-        waiting = list(waiting)  # states that were handed out stay as they are
-        while True:
-            while len(waiting) < self.LOOK_AHEAD:
-                n = self._length(ahead)
-                if n <= self.seq_len:
-                    waiting.append(ahead)
-                    self.skipped.count(1)
-                elif (name := self.document.name(ahead)) not in self.too_long:
-                    self.too_long.add(name)
-                    message = f"{name} takes {n} positions and seq_len is {self.seq_len}; raise --seq_len or shorten its caption"
-                    self.skipped.count(1, [message])
-                    if len(self.too_long) == self.document.n_pairs:
-                        raise ValueError(f"all {self.document.n_pairs} pairs of a split are too long: {message}")
-                ahead += self.rows
-            fitting = [i for i in waiting if self._length(i) <= free]
-            if not fitting:
-                self.state[r] = [ahead, waiting]
-                return row
-            i = max(fitting, key=self._length) if row else fitting[0]
-            waiting.remove(i)
-            row.append(i)
-            free -= self._lengths.pop(i)
-
-    def __next__(self):
-        """My rows of the next step: a list of lists of documents."""
-        return [[self.document(i) for i in self.numbers(r)] for r in self.mine]
-
-
-# ---- The batch -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Batch:
-    """B rows of S positions and the N images in them, in reading order."""
-
-    tokens: torch.Tensor  # (B, S) int64: the input; at a patch or padding, the padding id, which nothing reads
-    targets: torch.Tensor  # (B, S) int64: the next token, NO_LOSS where the language model has none
-    image_id: torch.Tensor  # (B, S) int64: which of `images` a patch belongs to, -1 for text
-    doc_id: torch.Tensor  # (B, S) int64: which document of its row a position belongs to, -1 for padding
-    positions: torch.Tensor  # (B, S) int64: place within the document, for RoPE
-    images: torch.Tensor  # (N, 3, H, W) float32 in -1..1; with cached latents (N, 2 C, h, w), the posterior's mean and log-variance
-    max_t: torch.Tensor  # (N,) int64: the largest timestep of each image, 0 = clean conditioning without a loss
-
-    def to(self, device):
-        """The same batch on another device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
-
-
-def to_pixels(images):
-    """uint8 pictures (..., H, W, 3) -> float32 (..., 3, H, W) in -1..1, as the VAE takes them."""
-    return torch.as_tensor(np.asarray(images)).movedim(-1, -3).float() / 127.5 - 1
-
-
-def load_pictures(document, errors):
-    """-> (document, its pictures' pixels); if one cannot be read, those of the document that takes its place."""
-    while True:
-        pictures = [segment for segment in document if isinstance(segment, Picture)]
-        try:
-            return document, [picture.load() for picture in pictures]
-        except ValueError as error:
-            if errors is None or not pictures[0].instead:
-                raise
-            errors.append(str(error))
-            document = pictures[0].instead()
-
-
-def collate(rows, tokenizer, seq_len, n_patches, errors=None):
-    """Lay rows of documents out as a Batch. Of a document whose picture cannot be read, another takes the place, and the list
-    `errors` says why; without such a list, ValueError is raised.
-
-    A position's target is the next token of its document, <EOS> after the last. There is none where the input is <BOI>
-    (footnote 8) or a patch; so <BOI> is a target, <EOI> is not (it is inserted, never sampled), and <EOI> as input
-    predicts the text that follows it. A piece of a longer text (`Cut`) has none at its end.
-    """
-    shape = len(rows), seq_len
-    tokens, targets = np.full(shape, tokenizer.pad), np.full(shape, NO_LOSS)
-    image_id, doc_id, positions = np.full(shape, TEXT), np.full(shape, PADDING), np.zeros(shape, int)
-    images, max_t = [], []
-    for b, row in enumerate(rows):
-        start = 0
-        for d, document in enumerate(row):
-            document, pixels = load_pictures(document, errors)
-            ids, owner, pixels = [tokenizer.bos], [TEXT], iter(pixels)
-            for segment in document:
-                if isinstance(segment, Picture):
-                    ids += [tokenizer.boi] + [tokenizer.pad] * n_patches + [tokenizer.eoi]
-                    owner += [TEXT] + [len(images)] * n_patches + [TEXT]
-                    images.append(next(pixels))
-                    max_t.append(segment.max_t)
-                else:
-                    ids += segment
-                    owner += [TEXT] * len(segment)
-            here = slice(start, start + len(ids))
-            ids, owner = np.array(ids), np.array(owner)
-            has_loss = (ids != tokenizer.boi) & (owner == TEXT)
-            tokens[b, here], image_id[b, here], doc_id[b, here] = ids, owner, d
-            end = NO_LOSS if document and isinstance(document[-1], Cut) else tokenizer.eos
-            targets[b, here] = np.where(has_loss, np.append(ids[1:], end), NO_LOSS)
-            positions[b, here] = np.arange(len(ids))
-            start += len(ids)
-    images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-    images = to_pixels(images) if images.dtype == np.uint8 else torch.from_numpy(images).float()
-    return Batch(*map(torch.from_numpy, (tokens, targets, image_id, doc_id, positions)), images, torch.tensor(max_t, dtype=torch.long))
-
-
-def fill_codes(batch, codes):
-    """A Batch for a discrete model (Chameleon): images become tokens, each the target of the position before it, and <EOI> of the
-    last; those that only condition (max_t 0) have no loss. codes: (N, n_patches) int64, ids of the shared vocabulary."""
-    tokens = batch.tokens.masked_scatter(batch.image_id != TEXT, codes)
-    image = torch.maximum(batch.image_id, batch.image_id.roll(-1, 1))  # that a position's target belongs to, or is the end of
-    has_loss = F.pad(batch.max_t, (0, 1))[image] > 0  # the 0 behind is that of text
-    targets = torch.where(has_loss, tokens.roll(-1, 1), batch.targets)
-    return replace(batch, tokens=tokens, targets=targets, images=batch.images[:0], max_t=batch.max_t[:0])
-
-
-class Loader:
-    """The batches of a stream, in order, `batch_rows` of its rows at a time (default: all of them, a whole step).
-
-    workers: processes that load pictures ahead of need; 0 = they are loaded when asked for. Batches are the same either way
-    state: of the stream, after the batches handed out so far; to go on from there, `stream.load_state` before the first `next`
-    skipped: counts pictures that could not be read. Raises ValueError when they are too many, OSError if a worker dies.
-    """
-
-    def __init__(self, stream, tokenizer, workers=0, batch_rows=None):
-        self.stream, self.tokenizer, self.workers, self.batch_rows = stream, tokenizer, workers, batch_rows or len(stream.mine)
-        self.skipped = Skipped("pictures", stream.document.config.max_broken)
-        self._batches, self._states = None, deque()  # the states after the batches that are on their way
-
-    @property
-    def state(self):
-        """Where the stream stands for who has used all the batches handed out, and no more."""
-        return dict(self.stream.state) if self._batches is None else self._state
-
-    def __next__(self):
-        """The next Batch."""
-        if self._batches is None:
-            self._state = self.state
-            batches = DataLoader(Rows(self.stream, self.tokenizer), batch_size=None, sampler=pack(self.stream, self.batch_rows, self._states),
-                                 num_workers=min(self.workers, os.cpu_count() or 1), worker_init_fn=leave_signals, generator=torch.Generator())  # fmt: skip
-            self._batches = iter(batches)
-        try:
-            batch, errors = next(self._batches)
-        except (RuntimeError, EOFError, OSError) as error:
-            raise OSError(f"a process that loads pictures has died ({error}); out of memory, perhaps: try fewer --workers") from None
-        if isinstance(batch, Exception):
-            raise batch
-        self._state = self._states.popleft()
-        self.skipped.count(len(batch.images) + len(errors), errors)
-        return batch
-
-
-def pack(stream, batch_rows, states):
-    """The documents' numbers in the rows of each batch, for ever; `states` takes where the stream stands after it."""
-    while True:
-        for i in range(0, len(stream.mine), batch_rows):
-            rows = [stream.numbers(r) for r in stream.mine[i : i + batch_rows]]
-            states.append(dict(stream.state))
-            yield rows
-
-
-@dataclass
-class Rows:
-    """Makes batches where DataLoader wants them."""
-
-    stream: Stream
-    tokenizer: Tokenizer
-
-    def __getitem__(self, rows):
-        """Documents' numbers -> a Batch and what went wrong. What stops training is a value too: a worker would raise it with its traceback."""
-        stream, errors = self.stream, []
-        try:
-            return collate([[stream.document(i) for i in row] for row in rows], self.tokenizer, stream.seq_len, stream.n_patches, errors), errors
-        except (ValueError, OSError) as error:
-            return error, errors
-
-
-def leave_signals(worker):
-    """In a worker: Ctrl-C is for the training process, which then ends its workers and says all that there is to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *error: None  # of the thread that hands tensors over, when nobody takes them any more
-
-
 # ---- Your own data: formats (skip this on a first reading) -----------------------------------------------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others, whatever a file is called: Pillow runs a program for EPS
-
-
-def fit_image(image, image_size):
-    """A PIL image as uint8 (image_size, image_size, 3): upright, on white, centre-cropped and resized (section 4.1)."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, of whose range nothing is known; save it with 8 or 16 bits")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
 
 
 def load_image(file, image_size, name=None):
@@ -1260,56 +1335,6 @@ class Mixture:
         return source.name(number)
 
 
-def open_pairs(config, split="train", seed=0):
-    """The source of pairs that a DataConfig names, cut to a split: Scenes, Stories, Pairs, or a Mixture. Raises ValueError, saying what is wrong."""
-    if config.documents != "pairs":
-        return Stories(config.grammar, config.image_size, split, seed, CHANGES[config.documents])
-    if not config.data:
-        return Scenes(config.grammar, config.image_size, split, seed)
-    sources, weights = [], []
-    for item in [config.data] if Path(config.data).exists() else config.data.split(","):
-        path, colon, weight = item.rpartition(":")
-        if not colon or not re.fullmatch(r"[0-9.]+", weight) or Path(item).exists():
-            path, weight = item, 1
-        try:
-            weights.append(float(weight))
-        except ValueError:
-            raise ValueError(f"--data {item}: {weight!r} is no weight") from None
-        if not path or weights[-1] <= 0:
-            raise ValueError(f"--data {config.data}: wants paths with commas between them, each with a weight above 0 if any, as in a:2,b.tar")
-        latents = str(Path(config.latents) / str(len(sources))) if config.latents else ""
-        sources.append(Pairs(path, config.image_size, split, seed, config.max_broken, config.cache, latents))
-    return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]
-
-
-def fitting(pairs, n, tokenizer, seq_len, n_patches):
-    """Numbers of the first n pairs of an epoch, fewer if there are fewer, whose first caption fits a row beside the picture: a
-    longer one is not trained on, and cannot be drawn. Raises ValueError if there is none."""
-    numbers = range(len(pairs)) if hasattr(pairs, "__len__") else itertools.count()
-    taken = lambda i: length([tokenizer.encode(pairs.captions(i)[0])], 0) + n_patches + 2
-    found = list(itertools.islice((i for i in numbers if taken(i) <= seq_len), n))
-    if not found:
-        raise ValueError(f"no caption is short enough for seq_len {seq_len}, of which a picture takes {n_patches + 2}; raise --seq_len")
-    return found
-
-
-def readable(pairs, first, n, skipped=None):
-    """The next n pairs from number `first` on whose pictures can be read -> list of (caption, uint8 pixels). skipped: counts the
-    others, and stops if they are too many. Raises ValueError if a hundred in a row cannot be read."""
-    examples, errors = [], []
-    for index in itertools.count(first):
-        if len(examples) == n:
-            (skipped or Skipped("pictures", 1.0)).count(n + len(errors), errors)
-            return examples
-        caption, load = pairs.pair(index)
-        try:
-            examples.append((caption, load()))
-        except ValueError as error:
-            errors.append(str(error))
-            if len(errors) >= 100 + n:
-                raise
-
-
 class TextFiles:
     """Your own text, tokenised once into a Table: UTF-8 .txt files, each a document, .jsonl files with a "text" on every line, or
     folders of them. Documents are cut into pieces that fit a row. Every tenth piece, by a hash of where it is, is the "held_out"
@@ -1373,15 +1398,6 @@ def read_jsonl(path, found):
                 yield number, text
 
 
-def open_text(config, tokenizer, split="train", seed=0):
-    """The source of text alone that a DataConfig names, cut to a split: TextFiles, or SceneText beside the scenes; None = there is none."""
-    if not config.text_fraction:
-        return None
-    if config.text:
-        return TextFiles(config, tokenizer, split, seed)
-    return None if config.data else SceneText(config, tokenizer, split, seed)
-
-
 class JSONTokenizer:
     """A tokenizer.json of the Hugging Face library `tokenizers`, with the five special tokens after its vocabulary. The interface
     of Tokenizer. Raises ValueError if the package is missing or `text`, the file's content, is no such tokenizer."""
@@ -1414,21 +1430,6 @@ class JSONTokenizer:
     def __reduce__(self):
         return restore_tokenizer, (self.state(),)
 
-
-def restore_tokenizer(state):
-    """The tokenizer whose `state()` a checkpoint holds."""
-    return JSONTokenizer(state["json"]) if "json" in state else Tokenizer(state["merges"])
-
-
-def open_tokenizer(config, pairs):
-    """The tokenizer that a DataConfig names; merges are learned from the first 2000 captions. Raises ValueError, naming the file."""
-    if not config.tokenizer:
-        return Tokenizer.learn([pairs.pair(i)[0] for i in range(2000)], config.merges) if config.merges else Tokenizer()
-    try:
-        return JSONTokenizer(Path(config.tokenizer).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
-        raise ValueError(f"--tokenizer {config.tokenizer}: {reason}") from None
 
 if __name__ == "__main__":
     scenes, config = Scenes(), DataConfig(image_size=32, seq_len=128, merges=512)
