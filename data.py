@@ -1,13 +1,19 @@
 """The data: captioned pictures and text, as tokens, documents and batches (paper, section 3, "Data representation", and 4.1).
 
+The paper's part:
+    DataConfig  what the documents are made of
     Tokenizer   bytes, or byte-pair encoding learned from the captions; <BOS>, <EOS>, <BOI>, <EOI> and padding after its pieces
-    Scenes      the built-in pictures: coloured shapes drawn with Pillow, and the captions that describe them exactly
-    Stories     scenes that change as instructions say: edits (section 4.5), and longer ones
+    Batch       what travels from here to the loss; every other file reads it by these names. `collate` makes it
     Documents   pairs in both orders, <BOS> caption <BOI> patches <EOI> <EOS> or <BOS> <BOI> patches <EOI> caption <EOS>; edits, stories, text
     Stream      documents packed into rows of a fixed length
-    Batch       what travels from here to the loss; every other file reads it by these names
     Loader      the batches of a stream, their pictures decoded ahead of need in other processes
-    Pairs       your own pictures with captions: a folder, tars or COCO; TextFiles, your own text (formats: skip them on a first reading)
+    open_pairs, open_text and open_tokenizer open what a DataConfig names; `readable` gives pictures alone, for the VAE and the evaluation
+
+Then the sources, of pairs (`pair(index)` -> caption and picture), of stories and of text (`ids(index)` -> tokens):
+    Scenes      the built-in pictures: coloured shapes drawn with Pillow, and the captions that describe them exactly; SceneText
+    Stories     scenes that change as instructions say: edits (section 4.5), and longer ones
+    Pairs       your own pictures with captions: a folder, tars or COCO. With TextFiles, your own text, JSONTokenizer and Latents it
+                comes last, and can be skipped
 
 Everything is a function of (seed, index), so any position of the stream can be returned to, by any number of ranks.
 """
@@ -80,7 +86,7 @@ class DataConfig:
             raise ValueError(f"documents is {self.documents!r}, for which the built-in scenes must tell places: leave --data out, and give --grammar places or rich")
 
 
-# ---- Text -----------------------------------------------------------------------------------------------------------
+# ---- Text as tokens -------------------------------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -174,7 +180,7 @@ def _replace(ids, pair, new):
     return tuple(out)
 
 
-# ---- The batch -------------------------------------------------------------------------------------------------------
+# ---- The batch ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -389,7 +395,7 @@ class Documents:
         return f"text {number}" if is_text else self.pairs.name(number)
 
 
-# ---- Packing ---------------------------------------------------------------------------------------------------------
+# ---- Packing documents into rows ------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=None)
@@ -482,6 +488,9 @@ class Stream:
         return [[self.document(i) for i in self.numbers(r)] for r in self.mine]
 
 
+# ---- Loading --------------------------------------------------------------------------------------------------------
+
+
 class Loader:
     """The batches of a stream, in order, `batch_rows` of its rows at a time (default: all of them, a whole step).
 
@@ -547,6 +556,9 @@ def leave_signals(worker):
     """In a worker: Ctrl-C is for the training process, which then ends its workers and says all that there is to say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *error: None  # of the thread that hands tensors over, when nobody takes them any more
+
+
+# ---- Opening what a DataConfig names --------------------------------------------------------------------------------
 
 
 def open_pairs(config, split="train", seed=0):
@@ -830,6 +842,8 @@ class SceneText:
         return self.tokenizer.encode(self.text(index))[: self.most]
 
 
+# ---- The built-in edits and stories ---------------------------------------------------------------------------------
+
 CHANGES = {"edits": 1, "stories": 2}  # how often a scene changes in these documents
 
 
@@ -939,7 +953,7 @@ def references(shape, shapes):
     return [*found, "it"] if len(shapes) == 1 else found
 
 
-# ---- Your own data: formats (skip this on a first reading) -----------------------------------------------------------
+# ---- Your own data: the formats of other people (skip this on a first reading) --------------------------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others, whatever a file is called: Pillow runs a program for EPS
