@@ -619,21 +619,22 @@ def fitting(pairs, n, tokenizer, seq_len, n_patches):
     return found
 
 
-def readable(pairs, first, n, skipped=None):
-    """The next n pairs from number `first` on whose pictures can be read -> list of (caption, uint8 pixels). skipped: counts the
-    others, and stops if they are too many. Raises ValueError if a hundred in a row cannot be read."""
-    examples, errors = [], []
-    for index in itertools.count(first):
-        if len(examples) == n:
-            (skipped or Skipped("pictures", 1.0)).count(n + len(errors), errors)
-            return examples
-        caption, load = pairs.pair(index)
+def readable(pairs, numbers, n, skipped=None):
+    """The first n of these pairs' numbers whose pictures can be read -> list of (number, uint8 pixels). skipped: counts the others,
+    and stops if they are too many. Raises ValueError if n + 100 pictures cannot be read."""
+    found, errors = [], []
+    for number in numbers:
+        if len(found) == n:
+            break
+        _, load = pairs.pair(number)
         try:
-            examples.append((caption, load()))
+            found.append((number, load()))
         except ValueError as error:
             errors.append(str(error))
-            if len(errors) >= 100 + n:
+            if len(errors) >= n + 100:
                 raise
+    (skipped or Skipped("pictures", 1.0)).count(len(found) + len(errors), errors)
+    return found
 
 
 def fit_image(image, image_size):

@@ -21,7 +21,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -369,9 +368,9 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", cl
             scores["splits"][split] = {"n": judged, "changes": changes}
             continue
         numbers = fitting(pairs, judged, trained.tokenizer, data.seq_len, trained.model.config.n_patches)
-        n, at = len(numbers), lambda i, numbers=numbers: numbers[i % len(numbers)]
-        described = SimpleNamespace(pair=lambda i, pairs=pairs, at=at: (pairs.captions(at(i)), pairs.pair(at(i))[1]))  # all captions of a picture, not one
-        references, pictures = zip(*readable(described, 0, n))
+        n = len(numbers)
+        numbers, pictures = zip(*readable(pairs, itertools.cycle(numbers), n))  # in the place of a broken picture, one of them comes again
+        references = [pairs.captions(i) for i in numbers]
         captions = [reference[0] for reference in references]
         written, found = write_captions(trained, pictures), {}
         if data.data:

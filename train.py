@@ -21,6 +21,7 @@ definition, which is the paper's. Read `losses`, then `Run.train_step`, then `tr
 
 import copy
 import difflib
+import itertools
 import json
 import math
 import os
@@ -449,7 +450,7 @@ def prepare_vae(config, device, resume=False, own=None):
     pairs, skipped = open_pairs(replace(config.data, latents=""), "train", config.seed), Skipped("pictures", config.data.max_broken)
 
     def pictures(first, n):
-        return to_pixels(np.stack([pixels for _, pixels in readable(pairs, first, n, skipped)]))
+        return to_pixels(np.stack([pixels for _, pixels in readable(pairs, itertools.count(first), n, skipped)]))
 
     if vae:
         print(f"1. the VAE is {config.vae}, which does not say how its latents are scaled: measuring them", flush=True)

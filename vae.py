@@ -20,6 +20,7 @@ all pictures once, so that training need not: at 256x256 the encoder costs as mu
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -688,7 +689,7 @@ if __name__ == "__main__":
             print(f"Now: python train.py ... --data {config.data.data} --latents {folder} --vae {config.vae or Path(config.out) / 'vae.pt'}")
             return
         pairs = open_pairs(config.data, "held_out")
-        x = to_pixels(np.stack([pixels for _, pixels in readable(pairs, 0, 16)])).to(next(vae.parameters()).device)
+        x = to_pixels(np.stack([pixels for _, pixels in readable(pairs, itertools.count(), 16)])).to(next(vae.parameters()).device)
         print(f"mean absolute error on held-out pictures: {(x - vae.decode(vae.encode(x))).abs().mean() / 2:.4f} of the range")
         rows = [torch.cat(list(row), dim=2) for row in (x, vae.decode(vae.encode(x)))]
         Image.fromarray(((torch.cat(rows, dim=1) + 1) * 127.5).byte().movedim(0, -1).cpu().numpy()).save(Path(config.out) / "reconstructions.png")

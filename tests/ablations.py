@@ -14,6 +14,7 @@ The autoencoders are trained once, with seed 0, and shared by all cells: no rang
 import argparse
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -180,7 +181,8 @@ def print_besides(rows, args):
         right = {}
         for split in Scenes.SPLITS[1:]:
             scenes = Scenes(split=split, seed=1)
-            captions, pictures = zip(*readable(scenes, 0, args.judged))
+            numbers, pictures = zip(*readable(scenes, itertools.count(), args.judged))
+            captions = [scenes.pair(i)[0] for i in numbers]
             with torch.no_grad():
                 again = model.vae.decode(model.vae.encode(to_pixels(np.stack(pictures)))).movedim(1, -1)
             right[split] = 100 * np.mean([judge(c, ((pixels + 1) * 127.5).round().byte().numpy(), scenes.grammar)["all"] for c, pixels in zip(captions, again)])
