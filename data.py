@@ -359,15 +359,18 @@ class Documents:
     def _text(self, number):
         return [self.text.ids(number)]
 
-    def _pair(self, number, attempt=0, room=0):
-        """Pair `number`; or, if its picture proves broken, the one `attempt` after it, without its caption if that needs more than `room`."""
+    def _pair(self, number, attempt=0, room=None):
+        """Pair `number`. Its picture may prove broken only after the row was packed: then a later pair, number + `attempt`, stands in, in
+        the same order, and without its caption where that is longer than the first one's, of `room` tokens."""
         caption, load = self.pairs.pair(number + attempt)
         ids = self.tokenizer.encode(caption)
         order, drop = np.random.default_rng([self.seed, 7, number]).random(2)
         caption_first = order < self.config.caption_first
-        if caption_first and drop < self.config.drop_caption or attempt and len(ids) > room:
+        dropped = caption_first and drop < self.config.drop_caption
+        if dropped or (room is not None and len(ids) > room):
             ids = []
-        instead = (lambda: self._pair(number, attempt + 1, room if attempt else len(ids))) if attempt < 100 else None
+        room = len(ids) if room is None else room
+        instead = (lambda: self._pair(number, attempt + 1, room)) if attempt < 100 else None
         picture = Picture(load, self.timesteps if caption_first else min(self.config.image_first_max_t, self.timesteps), instead)
         return [ids, picture] if caption_first else [picture, ids]
 
