@@ -210,7 +210,8 @@ class Batch:
     image_id: torch.Tensor  # (B, S) int64: which of `images` a patch belongs to, -1 for text
     doc_id: torch.Tensor  # (B, S) int64: which document of its row a position belongs to, -1 for padding
     positions: torch.Tensor  # (B, S) int64: place within the document, for RoPE
-    images: torch.Tensor  # (N, 3, H, W) float32 in -1..1; with cached latents (N, 2 C, h, w), the posterior's mean and log-variance
+    images: torch.Tensor  # (N, 3, H, W) float32 in -1..1; with cached latents (N, 2 C, h, w), the posterior's mean and log-variance;
+    # empty once they have become noised latents beside the batch (train.Run.prepare) or tokens in it (`fill_codes`)
     max_t: torch.Tensor  # (N,) int64: the largest timestep of each image, 0 = clean conditioning without a loss
 
     def to(self, device):
@@ -279,8 +280,9 @@ def fill_codes(batch, codes):
     """A Batch for a discrete model (Chameleon): images become tokens, each the target of the position before it, and <EOI> of the
     last; those that only condition (max_t 0) have no loss. codes: (N, n_patches) int64, ids of the shared vocabulary."""
     tokens = batch.tokens.masked_scatter(batch.image_id != TEXT, codes)
-    image = torch.maximum(batch.image_id, batch.image_id.roll(-1, 1))  # that a position's target belongs to, or is the end of
-    has_loss = F.pad(batch.max_t, (0, 1))[image] > 0  # the 0 behind is that of text
+    # roll(-1, 1) shows a position its right neighbour. It wraps round, but column 0 is always <BOS> (or padding), no part of an image.
+    image = torch.maximum(batch.image_id, batch.image_id.roll(-1, 1))  # whose patch the target is, or which <EOI> ends; -1 = text
+    has_loss = F.pad(batch.max_t, (0, 1))[image] > 0  # -1 picks the last entry, the appended 0
     targets = torch.where(has_loss, tokens.roll(-1, 1), batch.targets)
     return replace(batch, tokens=tokens, targets=targets, images=batch.images[:0], max_t=batch.max_t[:0])
 
