@@ -36,6 +36,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class DataConfig:
             raise ValueError(f"grammar is {self.grammar!r}; it must be one of {', '.join(GRAMMARS)}")
         if self.documents not in ("pairs", *CHANGES):
             raise ValueError(f"documents is {self.documents!r}; it must be one of pairs, {', '.join(CHANGES)}")
-        if self.documents != "pairs" and (self.data or not GRAMMARS[self.grammar][2]):
+        if self.documents != "pairs" and (self.data or not GRAMMARS[self.grammar].cells):
             raise ValueError(f"documents is {self.documents!r}, for which the built-in scenes must tell places: leave --data out, and give --grammar places or rich")
 
 
@@ -657,14 +658,26 @@ def fit_image(image, image_size):
 
 # ---- The built-in scenes --------------------------------------------------------------------------------------------
 
+
+class Grammar(NamedTuple):
+    """What may occur in a scene, and in its caption."""
+
+    kinds: tuple  # of shape
+    max_objects: int
+    cells: int  # a side of the grid of places; 0: a relation is told, no places
+    sizes: tuple = ("",)
+    backgrounds: tuple = ("white",)
+
+
 COLOURS = {"red": (226, 48, 56), "green": (52, 168, 83), "blue": (46, 92, 222), "yellow": (246, 190, 22),
            "purple": (150, 62, 186), "cyan": (38, 186, 212)}  # fmt: skip
 BACKGROUNDS = {"white": (246, 245, 241), "pink": (250, 200, 206), "black": (26, 26, 32)}
-GRAMMARS = {  # kinds of shape, most objects, cells a side of the grid of places, sizes, backgrounds
-    "places": (("circle", "square", "triangle", "cross"), 2, 2, ("",), ("white",)),
-    "relations": (("circle", "square", "triangle", "cross"), 2, 0, ("",), ("white",)),
-    "rich": (("circle", "square", "triangle", "cross", "diamond", "ring"), 4, 3, ("small", "large"), tuple(BACKGROUNDS)),
-}
+GRAMMARS = {
+    "places": Grammar(("circle", "square", "triangle", "cross"), max_objects=2, cells=2),
+    "relations": Grammar(("circle", "square", "triangle", "cross"), max_objects=2, cells=0),
+    "rich": Grammar(("circle", "square", "triangle", "cross", "diamond", "ring"), max_objects=4, cells=3, sizes=("small", "large"),
+                    backgrounds=tuple(BACKGROUNDS)),
+}  # fmt: skip
 PLACES = {2: ("top left", "top right", "bottom left", "bottom right"),
           3: ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")}  # fmt: skip
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}  # direction from second to first
@@ -775,7 +788,7 @@ class Scenes:
 
     def __init__(self, grammar="places", image_size=32, split="train", seed=0):
         self.grammar, self.image_size, self.split, self.seed = grammar, image_size, split, seed
-        self.kinds, self.most, self.cells, self.sizes, self.backgrounds = GRAMMARS[grammar]
+        self.kinds, self.max_objects, self.cells, self.sizes, self.backgrounds = GRAMMARS[grammar]
         self.pairs = list(itertools.product(COLOURS, self.kinds))
 
     def example(self, index):
@@ -789,7 +802,7 @@ class Scenes:
     def _draw_pairs(self, rng):
         least = 2 if self.split == "held_out" or not self.cells else 1
         # Two objects in most pictures: a single one teaches neither binding nor counting.
-        number = least if rng.random() < 0.2 else int(rng.integers(2, self.most + 1))
+        number = least if rng.random() < 0.2 else int(rng.integers(2, self.max_objects + 1))
         return [self.pairs[i] for i in rng.integers(len(self.pairs), size=number)]
 
     def _arrange(self, pairs, rng):
@@ -888,7 +901,7 @@ class Stories:
         shapes, cells = list(scene.shapes), self.scenes.cells
         i, new = rng.integers(len(shapes)), self.scenes._arrange([self.scenes.pairs[rng.integers(len(self.scenes.pairs))]], rng).shapes[0]
         shape, free = shapes[i], [place for place in PLACES[cells] if place not in {s.place for s in shapes}]
-        impossible = {"remove": len(shapes) == 1, "add": len(shapes) == self.scenes.most or new.place not in free}
+        impossible = {"remove": len(shapes) == 1, "add": len(shapes) == self.scenes.max_objects or new.place not in free}
         if scene.relation or impossible.get(kind):  # a scene told by a relation names no places
             return "", scene
 
@@ -924,7 +937,7 @@ class Stories:
                     changed |= {f"move {the} to the {word}": [there] for word in words}
                 changed |= {f"remove {the}": []} if len(shapes) > 1 else {}
                 found |= {text: [*others[0], *new, *others[1]] for text, new in changed.items()}
-        for size, (colour, kind), place in itertools.product(self.scenes.sizes, self.scenes.pairs, free if len(shapes) < self.scenes.most else ()):
+        for size, (colour, kind), place in itertools.product(self.scenes.sizes, self.scenes.pairs, free if len(shapes) < self.scenes.max_objects else ()):
             row, column = divmod(PLACES[cells].index(place), cells)
             new = Shape(colour, kind, size, (column + 0.5) / cells, (row + 0.5) / cells, WIDTHS[size], place)
             found[f"add {new}"] = [*shapes, new]

@@ -133,18 +133,17 @@ class Claims:
 @lru_cache(maxsize=None)
 def object_pattern(grammar):
     """The regular expression of one object in a caption: size, colour, kind and place as groups."""
-    kinds, _, cells, sizes, _ = GRAMMARS[grammar]
-    size = f"(?:({'|'.join(sizes)}) )" if sizes != ("",) else "()"
-    place = f"(?: at the ({'|'.join(sorted(PLACES[cells], key=len, reverse=True))}))?" if cells else "()"
-    return re.compile(f"a {size}({'|'.join(COLOURS)}) ({'|'.join(kinds)}){place}")
+    allowed = GRAMMARS[grammar]
+    size = f"(?:({'|'.join(allowed.sizes)}) )" if allowed.sizes != ("",) else "()"
+    place = f"(?: at the ({'|'.join(sorted(PLACES[allowed.cells], key=len, reverse=True))}))?" if allowed.cells else "()"
+    return re.compile(f"a {size}({'|'.join(COLOURS)}) ({'|'.join(allowed.kinds)}){place}")
 
 
 def parse_caption(text, grammar):
     """A sentence of a grammar -> Claims, or None if it is no sentence of it."""
-    backgrounds = GRAMMARS[grammar][4]
-    text, background = text.strip(), ""
-    if len(backgrounds) > 1:
-        found = re.fullmatch(f"(.*) on a ({'|'.join(backgrounds)}) background", text)
+    allowed, text, background = GRAMMARS[grammar], text.strip(), ""
+    if len(allowed.backgrounds) > 1:
+        found = re.fullmatch(f"(.*) on a ({'|'.join(allowed.backgrounds)}) background", text)
         if not found:
             return None
         text, background = found.groups()
@@ -154,7 +153,7 @@ def parse_caption(text, grammar):
     if None in objects:
         return None
     objects = [o.groups(default="") for o in objects]
-    if any(bool(place) == bool(relation) for *_, place in objects) or (len(objects) > 1 and not relation and not GRAMMARS[grammar][2]):
+    if any(bool(place) == bool(relation) for *_, place in objects) or (len(objects) > 1 and not relation and not allowed.cells):
         return None  # either every place is told, or the relation
     return Claims(objects, relation.group(1) if relation else "", background)
 
@@ -167,15 +166,14 @@ def place_of(blob, cells):
 def judge(caption, pixels, grammar):
     """Do a caption and a picture agree? -> {aspect: bool}: the number of objects, the colours, the shapes (with sizes), the
     relation or places (with the background), each alone, and "all": one assignment of the objects that satisfies everything."""
-    kinds, _, cells, sizes, _ = GRAMMARS[grammar]
-    claims = parse_caption(caption, grammar)
-    background, blobs = read_scene(pixels, kinds)
+    allowed, claims = GRAMMARS[grammar], parse_caption(caption, grammar)
+    background, blobs = read_scene(pixels, allowed.kinds)
     if claims is None or len(claims.objects) != len(blobs):
         same = {"number": claims is not None and len(claims.objects) == len(blobs), "colours": False, "shapes": False, "relation": False}
         return same | {"all": False}
 
     def size_of(blob):
-        return "" if sizes == ("",) else "large" if blob.width > 0.21 else "small"
+        return "" if allowed.sizes == ("",) else "large" if blob.width > 0.21 else "small"
 
     def related(a, b):
         dx, dy = RELATIONS[claims.relation]
@@ -185,7 +183,7 @@ def judge(caption, pixels, grammar):
     def compare(order):
         """How one assignment of blobs to the claimed objects fares: names right, places right."""
         names = sum((b.colour == colour) + ((size_of(b), b.kind) == (size, kind)) for b, (size, colour, kind, _) in zip(order, claims.objects))
-        placed = related(*order) if claims.relation else all(place_of(b, cells) == place for b, (*_, place) in zip(order, claims.objects))
+        placed = related(*order) if claims.relation else all(place_of(b, allowed.cells) == place for b, (*_, place) in zip(order, claims.objects))
         return names, placed and claims.background in ("", background)
 
     names, placed = max(compare(order) for order in itertools.permutations(blobs))
@@ -233,11 +231,10 @@ def judge_change(before, after, pixels_before, pixels, grammar):
 
 def read_places(pixels, grammar):
     """What a picture shows, place by place -> (background's name, {place: Blob}). Several objects in one place are one that is like none."""
-    kinds, _, cells, _, _ = GRAMMARS[grammar]
-    background, blobs = read_scene(pixels, kinds)
+    background, blobs = read_scene(pixels, GRAMMARS[grammar].kinds)
     found = {}
     for blob in blobs:
-        place = place_of(blob, cells)
+        place = place_of(blob, GRAMMARS[grammar].cells)
         found[place] = replace(blob, colour="?", kind="?") if place in found else blob
     return background, found
 

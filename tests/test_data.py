@@ -45,7 +45,7 @@ def test_words_that_were_never_seen_fall_back_to_bytes(learned):
 
 
 def test_learned_words_are_single_tokens(learned):
-    words = [*COLOURS, *GRAMMARS["places"][0], "at", "the", "and", "top", "bottom", "left", "right"]
+    words = [*COLOURS, *GRAMMARS["places"].kinds, "at", "the", "and", "top", "bottom", "left", "right"]
     assert {word: len(learned.encode(" " + word)) for word in words} == dict.fromkeys(words, 1)
     caption = "a red circle at the top left and a blue square at the bottom right"
     assert len(learned.encode(caption)) <= len(caption.split())
@@ -54,7 +54,7 @@ def test_learned_words_are_single_tokens(learned):
 def test_no_token_binds_what_must_vary_freely(learned):
     """A token `red circle` would share nothing with a red square. A place is one thing: `at the top left` is a token."""
     words = [set(piece.decode(errors="replace").split()) for piece in learned.pieces]
-    free = [set(COLOURS), set(GRAMMARS["places"][0]), {"top", "bottom", "left", "right"}]
+    free = [set(COLOURS), set(GRAMMARS["places"].kinds), {"top", "bottom", "left", "right"}]
     assert all(sum(bool(found & names) for names in free) <= 1 for found in words)
     assert b" at the top left" in learned.pieces
 
@@ -118,14 +118,14 @@ def test_training_shows_every_colour_and_every_shape():
     for grammar in GRAMMARS:
         scenes = Scenes(grammar)
         shown = {pair for i in range(600) for pair in pairs_of(scenes.example(i))}
-        assert {colour for colour, _ in shown} == set(COLOURS) and {kind for _, kind in shown} == set(GRAMMARS[grammar][0])
-        assert shown == set(itertools.product(COLOURS, GRAMMARS[grammar][0])) - NEVER_SEEN
-    assert len(COLOURS) >= 6 and all(len(grammar[0]) >= 4 for grammar in GRAMMARS.values())
+        assert {colour for colour, _ in shown} == set(COLOURS) and {kind for _, kind in shown} == set(GRAMMARS[grammar].kinds)
+        assert shown == set(itertools.product(COLOURS, GRAMMARS[grammar].kinds)) - NEVER_SEEN
+    assert len(COLOURS) >= 6 and all(len(grammar.kinds) >= 4 for grammar in GRAMMARS.values())
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_about_15_percent_of_combinations_are_held_out(grammar):
-    pairs = set(itertools.product(COLOURS, GRAMMARS[grammar][0])) - NEVER_SEEN
+    pairs = set(itertools.product(COLOURS, GRAMMARS[grammar].kinds)) - NEVER_SEEN
     held_out = [held_out_combination(a, b) for a, b in itertools.combinations_with_replacement(sorted(pairs), 2)]
     assert abs(np.mean(held_out) - 0.15) < 3 * (0.15 * 0.85 / len(held_out)) ** 0.5
     assert all(held_out_combination(a, b) == held_out_combination(b, a) for a, b in itertools.combinations(pairs, 2))

@@ -84,7 +84,7 @@ def test_another_colour_is_rejected(grammar, image_size):
 @pytest.mark.parametrize("grammar, image_size", SIZES)
 def test_another_shape_is_rejected(grammar, image_size):
     for n, scene in enumerate(scenes(grammar, image_size, 40)):
-        kinds = [k for k in GRAMMARS[grammar][0] if k != scene.shapes[0].kind]
+        kinds = [k for k in GRAMMARS[grammar].kinds if k != scene.shapes[0].kind]
         expect(with_first(scene, kind=kinds[n % len(kinds)]).caption, scene, grammar, all=False, shapes=False)
 
 
@@ -105,7 +105,7 @@ def test_another_background_is_rejected(image_size):
 @pytest.mark.parametrize("grammar, image_size", [("places", 32), ("rich", 64)])
 def test_another_place_is_rejected(grammar, image_size):
     for n, scene in enumerate(scenes(grammar, image_size, 40, keep=lambda s: not s.relation)):
-        free = [place for place in PLACES[GRAMMARS[grammar][2]] if place not in {x.place for x in scene.shapes}]
+        free = [place for place in PLACES[GRAMMARS[grammar].cells] if place not in {x.place for x in scene.shapes}]
         expect(with_first(scene, place=free[n % len(free)]).caption, scene, grammar, all=False, relation=False)
 
 
@@ -163,11 +163,11 @@ def test_what_is_no_scene_is_rejected(kind, grammar, image_size):
 def test_a_shapeless_blob_is_no_shape_and_an_odd_colour_no_colour():
     pixels = np.full((32, 32, 3), 246, np.uint8)
     pixels[4:14, 4:6], pixels[12:14, 4:14] = COLOURS["red"], COLOURS["red"]  # an L
-    _, (blob,) = read_scene(pixels, GRAMMARS["places"][0])
+    _, (blob,) = read_scene(pixels, GRAMMARS["places"].kinds)
     assert (blob.colour, blob.kind) == ("red", "?")
     scene = scenes("places", 32, 1)[0]
     brown = np.where((scene.render() == 246).all(-1, keepdims=True), scene.render(), np.uint8([90, 60, 30]))
-    assert {blob.colour for blob in read_scene(brown, GRAMMARS["places"][0])[1]} <= {"?"}
+    assert {blob.colour for blob in read_scene(brown, GRAMMARS["places"].kinds)[1]} <= {"?"}
 
 
 def test_components():

@@ -36,7 +36,7 @@ def follow(scene, instruction, cells=2):
     what writes instructions cannot agree with itself alone."""
     objects = [(s.size, s.colour, s.kind, s.place) for s in scene.shapes]
     name = r"(?:it|the(?: (?P<size>small|large))?(?: (?P<colour>%s))? (?P<kind>%s)(?: at the (?P<at>%s))?)" % tuple(
-        "|".join(sorted(words, key=len, reverse=True)) for words in (COLOURS, GRAMMARS["rich"][0], PLACES[cells]))  # fmt: skip
+        "|".join(sorted(words, key=len, reverse=True)) for words in (COLOURS, GRAMMARS["rich"].kinds, PLACES[cells]))  # fmt: skip
     found = re.fullmatch(rf"(?:make {name} (?P<new>\w+))|(?:add a (?P<added>.+) at the (?P<place>.+))", instruction) or re.fullmatch(
         rf"remove {name}|move {name.replace('?P<', '?P<m')} to the (?P<to>.+)", instruction)  # fmt: skip
     said = {key: value for key, value in found.groupdict().items() if value}
@@ -65,7 +65,7 @@ def test_instructions_mean_what_is_drawn(grammar, image_size, changes, split):
     for scenes, instructions in stories(100 if changes == 1 else 40, grammar=grammar, image_size=image_size, split=split, changes=changes):
         assert len(instructions) == len({text.split()[0] for text in instructions}) == changes == len(scenes) - 1
         for before, after, instruction in zip(scenes, scenes[1:], instructions):
-            assert follow(before, instruction, GRAMMARS[grammar][2]) == Counter((s.size, s.colour, s.kind, s.place) for s in after.shapes)
+            assert follow(before, instruction, GRAMMARS[grammar].cells) == Counter((s.size, s.colour, s.kind, s.place) for s in after.shapes)
             assert judge_change(before, after, before.render(), after.render(), grammar) == RIGHT
             assert judge(after.caption, after.render(), grammar)["all"]
             assert len(set(before.shapes) - set(after.shapes)) <= 1 and len(set(after.shapes) - set(before.shapes)) <= 1
@@ -82,7 +82,7 @@ def test_every_instruction_that_may_follow_is_known(grammar, image_size):
             assert found.caption == after.caption and (text.startswith("add") or found == after)
             assert [s.width for s in found.shapes] == [s.width for s in after.shapes]
     for text, after in source.following(before).items():
-        assert follow(before, text, GRAMMARS[grammar][2]) == Counter((s.size, s.colour, s.kind, s.place) for s in after.shapes)
+        assert follow(before, text, GRAMMARS[grammar].cells) == Counter((s.size, s.colour, s.kind, s.place) for s in after.shapes)
     text, after = next((text, after) for text, after in source.following(scenes[-1]).items() if text.startswith("move"))
     assert judge_change(scenes[-1], after, scenes[-1].render(), after.render(), grammar) == RIGHT
 
