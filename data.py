@@ -411,11 +411,11 @@ def say(message):
 
 
 class Skipped:
-    """Counts what is left out, each thing once, names it on stderr, and raises ValueError when it is more than a share `most` of
+    """Counts what is left out, each thing once, names it on stderr, and raises ValueError when it is more than a share `max_broken` of
     what was seen, or of 100. what: the plural of what is counted."""
 
-    def __init__(self, what, most):
-        self.what, self.most, self.seen, self.named = what, most, 0, set()
+    def __init__(self, what, max_broken):
+        self.what, self.max_broken, self.seen, self.named = what, max_broken, 0, set()
 
     @property
     def skipped(self):
@@ -427,8 +427,9 @@ class Skipped:
         self.seen, self.named = self.seen + seen, self.named | set(messages)
         for message in messages:
             say(f"skipped: {message}")
-        if messages and self.skipped > self.most * max(self.seen, 100):
-            raise ValueError(f"{self.skipped} of {self.seen} {self.what} had to be left out, more than --max_broken {self.most:g} allows; the last: {messages[-1]}")
+        if messages and self.skipped > self.max_broken * max(self.seen, 100):
+            share = f"{self.skipped} of {self.seen} {self.what} had to be left out"
+            raise ValueError(f"{share}, more than --max_broken {self.max_broken:g} allows; the last: {messages[-1]}")
 
 
 class Stream:
@@ -848,7 +849,7 @@ class SceneText:
     OPENINGS = ("There is", "I see", "The picture shows", "Here we have", "Somebody drew", "Then comes")
 
     def __init__(self, config, tokenizer, split="train", seed=0):
-        self.scenes, self.tokenizer, self.most = Scenes(config.grammar, 0, split, seed), tokenizer, config.seq_len - 1
+        self.scenes, self.tokenizer, self.max_length = Scenes(config.grammar, 0, split, seed), tokenizer, config.seq_len - 1
 
     def text(self, index):
         """Text number `index`."""
@@ -858,7 +859,7 @@ class SceneText:
 
     def ids(self, index):
         """Text number `index` as tokens."""
-        return self.tokenizer.encode(self.text(index))[: self.most]
+        return self.tokenizer.encode(self.text(index))[: self.max_length]
 
 
 # ---- The built-in edits and stories ---------------------------------------------------------------------------------
@@ -1007,13 +1008,14 @@ class Found:
         self.kinds[kind] += 1
         self.first.setdefault(kind, name)
 
-    def report(self, source, most):
+    def report(self, source, max_broken):
         """One sentence on what was left out, "" if nothing. Raises ValueError if that is too much, or nothing is left."""
         note = ", ".join(f"{n:,} {kind} (first: {self.first[kind]})" for kind, n in self.kinds.items())
         if not self.good:
             raise ValueError(f"{source}: holds {self.what} of no kind that can be used" + (f": {note}" if note else ""))
-        if self.bad > most * (self.good + self.bad):
-            raise ValueError(f"{source}: {self.bad:,} of {self.good + self.bad:,} {self.what} cannot be used, more than --max_broken {most:g} allows: {note}")
+        if self.bad > max_broken * (self.good + self.bad):
+            share = f"{self.bad:,} of {self.good + self.bad:,} {self.what} cannot be used"
+            raise ValueError(f"{source}: {share}, more than --max_broken {max_broken:g} allows: {note}")
         return f"{source}: {self.good:,} {self.what}; left out: {note}" if note else ""
 
 
@@ -1047,13 +1049,13 @@ class Table:
     may make it at the same time. Length and `at` are those of a split.
     """
 
-    def __init__(self, source, key, records, found, split, seed, most, cache):
+    def __init__(self, source, key, records, found, split, seed, max_broken, cache):
         self.seed, source = seed, Path(source)
-        name = f"{source.stem}-{sha256(repr((found.what, key, most)).encode()).hexdigest()[:16]}"
+        name = f"{source.stem}-{sha256(repr((found.what, key, max_broken)).encode()).hexdigest()[:16]}"
         beside = (source if source.is_dir() else source.parent) / ".transfusion"
         places = [Path(cache)] if cache else [beside, Path("out/cache")]
         if not any((place / name).is_dir() for place in places):
-            self._make(source, places, name, records, found, most)
+            self._make(source, places, name, records, found, max_broken)
         folder = next(place / name for place in places if (place / name).is_dir())
         self.blob, self.rows = np.memmap(folder / "blob", np.uint8, "r"), np.memmap(folder / "rows", np.int64, "r").reshape(-1, 5)
         if note := (folder / "note").read_text(encoding="utf-8"):
@@ -1065,7 +1067,7 @@ class Table:
             out = np.arange(len(out)) == 0
         self.members = np.flatnonzero(out == (split == "held_out"))
 
-    def _make(self, source, places, name, records, found, most):
+    def _make(self, source, places, name, records, found, max_broken):
         for place in places:
             try:
                 place.mkdir(parents=True, exist_ok=True)
@@ -1080,7 +1082,7 @@ class Table:
             made.mkdir()
             with open(made / "blob", "wb") as blob, open(made / "rows", "wb") as rows:
                 self._write(records, blob, rows)
-            (made / "note").write_text(found.report(source, most), encoding="utf-8", errors="backslashreplace")
+            (made / "note").write_text(found.report(source, max_broken), encoding="utf-8", errors="backslashreplace")
             with contextlib.suppress(OSError):  # another process was faster
                 made.rename(place / name)
 
@@ -1375,7 +1377,7 @@ class TextFiles:
 
     def __init__(self, config, tokenizer, split="train", seed=0):
         self.options = config, tokenizer, split, seed
-        files, most, found = [], config.seq_len - 1, Found("texts")
+        files, max_length, found = [], config.seq_len - 1, Found("texts")
         for path in map(Path, config.text.split(",")):
             files += [path / name for name in files_below(path) if name.endswith((".txt", ".jsonl"))] if path.is_dir() else [path]
             if not files or not files[-1].is_file():
@@ -1387,10 +1389,11 @@ class TextFiles:
                 for where, text in read_jsonl(file, found) if file.suffix in (".jsonl", ".json") else read_txt(file):
                     found.good += 1
                     ids = np.array(tokenizer.encode(text), self.dtype)
-                    for start in range(0, len(ids), most):
-                        yield ids[start : start + most].tobytes(), start + most < len(ids), 0, 0, held_out(f"{file.name}:{where}:{start}")
+                    for start in range(0, len(ids), max_length):
+                        end = start + max_length
+                        yield ids[start:end].tobytes(), end < len(ids), 0, 0, held_out(f"{file.name}:{where}:{start}")
 
-        key = list(map(stamp, files)), most, sha256(repr(tokenizer.state()).encode()).hexdigest()
+        key = list(map(stamp, files)), max_length, sha256(repr(tokenizer.state()).encode()).hexdigest()
         self.table = Table(config.text.split(",")[0], key, records, found, split, seed, config.max_broken, config.cache)
 
     def __len__(self):

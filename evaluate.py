@@ -322,8 +322,8 @@ def write_captions(trained, pictures, progress=lambda x: x):
 def perplexity(trained, texts):
     """Of texts alone (<BOS> text, each token from those before it) -> (per token, per byte). Texts longer than the training's
     rows are cut into pieces of that length, each with a <BOS> of its own. Raises ValueError if there is nothing to read."""
-    tokenizer, device, most = trained.tokenizer, next(trained.model.parameters()).device, trained.config["data"]["seq_len"] - 1
-    pieces = [ids[i : i + most] for ids in map(tokenizer.encode, texts) for i in range(0, len(ids), most)]
+    tokenizer, device, max_length = trained.tokenizer, next(trained.model.parameters()).device, trained.config["data"]["seq_len"] - 1
+    pieces = [ids[i : i + max_length] for ids in map(tokenizer.encode, texts) for i in range(0, len(ids), max_length)]
     if not pieces:
         raise ValueError("there is no text to measure the perplexity of")
     longest, total, tokens = 1 + max(map(len, pieces)), 0.0, 0
