@@ -197,7 +197,7 @@ class Cut(list):
     """The tokens of a text that goes on in another document: the end of its sequence is not its own, and <EOS> is no target there."""
 
 
-def length(document, n_patches):
+def document_length(document, n_patches):
     """Positions that a document takes as input: <BOS>, its tokens, and <BOI> patches <EOI> for each picture."""
     return 1 + sum(n_patches + 2 if isinstance(segment, Picture) else len(segment) for segment in document)
 
@@ -345,7 +345,7 @@ class Documents:
         self._illustrated = {"pairs": self._pair, "edits": self._edit, "stories": self._story}[config.documents]
         self.weights = [1.0]  # of documents with pictures and of text, by their number
         if text:
-            of_pictures, of_text = (np.mean([length(make(i), n_patches) for i in range(500)]) for make in (self._illustrated, self._text))
+            of_pictures, of_text = (np.mean([document_length(make(i), n_patches) for i in range(500)]) for make in (self._illustrated, self._text))
             self.weights = [(1 - config.text_fraction) / of_pictures, config.text_fraction / of_text]
         self._made = lru_cache(maxsize=1024)(self._make)  # the stream asks for a document's length, then for the document
 
@@ -461,7 +461,7 @@ class Stream:
 
     def _length(self, i):
         if i not in self._lengths:
-            self._lengths[i] = length(self.document(i), self.n_patches)
+            self._lengths[i] = document_length(self.document(i), self.n_patches)
         return self._lengths[i]
 
     def numbers(self, r):
@@ -619,7 +619,7 @@ def fitting(pairs, n, tokenizer, seq_len, n_patches):
     """Numbers of the first n pairs of an epoch, fewer if there are fewer, whose first caption fits a row beside the picture: a
     longer one is not trained on, and cannot be drawn. Raises ValueError if there is none."""
     numbers = range(len(pairs)) if hasattr(pairs, "__len__") else itertools.count()
-    taken = lambda i: length([tokenizer.encode(pairs.captions(i)[0])], 0) + n_patches + 2
+    taken = lambda i: document_length([tokenizer.encode(pairs.captions(i)[0])], 0) + n_patches + 2
     found = list(itertools.islice((i for i in numbers if taken(i) <= seq_len), n))
     if not found:
         raise ValueError(f"no caption is short enough for seq_len {seq_len}, of which a picture takes {n_patches + 2}; raise --seq_len")

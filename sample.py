@@ -49,7 +49,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from attention_mask import transfusion_mask
-from data import Picture, Tokenizer, collate, fill_codes, fit_image, length, load_image, restore_tokenizer
+from data import Picture, Tokenizer, collate, document_length, fill_codes, fit_image, load_image, restore_tokenizer
 from diffusion import DDPM, SAMPLERS, guide, needs_noise
 from model import KVCache, Transfusion, TransfusionConfig
 from vae import VAE, VAEConfig, load_checkpoint, read_json, read_safetensors, write_safetensors
@@ -440,7 +440,7 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
         drawing = bool(prompt) and prompt[-1] == [trained.tokenizer.boi]
         if drawing and max_images < 1:
             raise ValueError("max_images is 0, but a document that ends in text is drawn at once; draw=False (--free) lets the model go on with text")
-        generator, position = torch.Generator().manual_seed(seed), length(prompt, n_patches)
+        generator, position = torch.Generator().manual_seed(seed), document_length(prompt, n_patches)
         rows.append(Row(len(rows), prompt, generator, temper, max_tokens, max_images - drawing, position, step=0 if drawing else None))
         limit = config["data"]["seq_len"] - (n_patches + 1 if drawing else 0)
         if position > limit:

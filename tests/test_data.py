@@ -12,8 +12,8 @@ import torch
 from conftest import picture, run_here, tiny_model
 from PIL import Image
 
-from data import (COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, DataConfig, Documents, Pairs, Picture, Scenes, Stream, Tokenizer, collate, fit_image,
-                  held_out_combination, interleave, length, load_image, open_pairs, open_text, open_tokenizer, restore_tokenizer, shuffled, to_pixels)  # fmt: skip
+from data import (COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, DataConfig, Documents, Pairs, Picture, Scenes, Stream, Tokenizer, collate, document_length, fit_image,
+                  held_out_combination, interleave, load_image, open_pairs, open_text, open_tokenizer, restore_tokenizer, shuffled, to_pixels)  # fmt: skip
 from diffusion import DDPM
 from train import losses, parse
 
@@ -346,9 +346,9 @@ def test_scenes_fill_at_least_97_percent(preset, n_patches, steps):
     data = documents.config
     stream = Stream(documents, data.seq_len, rows=8, n_patches=n_patches)
     rows = [row for _ in range(steps) for row in next(stream)]
-    used = [sum(length(document, n_patches) for document in row) for row in rows]
+    used = [sum(document_length(document, n_patches) for document in row) for row in rows]
     assert max(used) <= data.seq_len and np.mean(used) / data.seq_len >= 0.97
-    of_text = sum(length(document, n_patches) for row in rows for document in row if not any(isinstance(s, Picture) for s in document))
+    of_text = sum(document_length(document, n_patches) for row in rows for document in row if not any(isinstance(s, Picture) for s in document))
     assert abs(of_text / sum(used) - data.text_fraction) < 0.03  # the long ones are packed first; what still waits is short
 
 
@@ -435,7 +435,7 @@ def test_document_longer_than_a_row_is_left_out_and_named_until_they_are_many(ca
     capsys.readouterr()
     stream = Stream(documents(), 44, rows=1, n_patches=16)  # 26 letters and 19 positions are one too many
     rows = [next(stream)[0] for _ in range(60)]
-    assert stream.skipped.skipped > 0 and all(length(document, 16) < 45 for row in rows for document in row)
+    assert stream.skipped.skipped > 0 and all(document_length(document, 16) < 45 for row in rows for document in row)
     assert "takes 45 positions and seq_len is 44" in capsys.readouterr().err
 
 
@@ -461,7 +461,7 @@ def pic(max_t=1000):
 ])  # fmt: skip
 def test_targets_written_out(document, tokens, targets):
     """No loss where the input is <BOI> or a patch; <BOI> is a target; <EOI> as input predicts what follows; <EOS> ends."""
-    n = length(document, 2)
+    n = document_length(document, 2)
     assert n == len(tokens)
     batch = collate([[document]], BYTES, n + 2, 2)
     assert batch.tokens[0].tolist() == tokens + [PAD, PAD]

@@ -465,7 +465,7 @@ def test_the_place_is_never_too_small(tmp_path):
     for i in range(200):
         document, errors = documents(i), []
         final, pixels = data.load_pictures(document, errors)
-        assert len(pixels) == 1 and data.length(final, 16) <= data.length(document, 16)
+        assert len(pixels) == 1 and data.document_length(final, 16) <= data.document_length(document, 16)
         order = lambda d: [isinstance(s, Picture) for s in d]
         assert order(final) == order(document) and bool(errors) == (final is not document)
 
@@ -714,7 +714,7 @@ def test_text_makes_its_share_of_the_positions(fraction, tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "x" * int(rng.integers(5, 200))}) + "\n" for _ in range(400)))
     config = DataConfig(text=str(tmp_path / "t.jsonl"), text_fraction=fraction, seq_len=128, image_size=8)
     documents = Documents(Scenes(), BYTES, config, text=open_text(config, BYTES), n_patches=16)
-    lengths = [(data.length(documents(i), 16), any(isinstance(s, Picture) for s in documents(i))) for i in range(3000)]
+    lengths = [(data.document_length(documents(i), 16), any(isinstance(s, Picture) for s in documents(i))) for i in range(3000)]
     assert abs(sum(n for n, pair in lengths if not pair) / sum(n for n, _ in lengths) - fraction) < 0.02
 
 
