@@ -520,7 +520,7 @@ class Loader:
         """The next Batch."""
         if self._batches is None:
             self._state = self.state
-            batches = DataLoader(Rows(self.stream, self.tokenizer), batch_size=None, sampler=pack(self.stream, self.batch_rows, self._states),
+            batches = DataLoader(BatchDataset(self.stream, self.tokenizer), batch_size=None, sampler=pack(self.stream, self.batch_rows, self._states),
                                  num_workers=min(self.workers, os.cpu_count() or 1), worker_init_fn=leave_signals, generator=torch.Generator())  # fmt: skip
             self._batches = iter(batches)
         try:
@@ -544,8 +544,8 @@ def pack(stream, batch_rows, states):
 
 
 @dataclass
-class Rows:
-    """Makes batches where DataLoader wants them."""
+class BatchDataset:
+    """What DataLoader's workers index: the documents' numbers, row by row, that `pack` gives -> their batch."""
 
     stream: Stream
     tokenizer: Tokenizer

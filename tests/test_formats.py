@@ -26,8 +26,8 @@ from conftest import ROOT, TINY, flags, run_here
 from PIL import Image
 
 import data
-from data import (DataConfig, Documents, JSONTokenizer, Loader, Mixture, Pairs, Picture, Rows, Scenes, Skipped, Stream, TextFiles, Tokenizer, fitting,
-                  load_image, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer)  # fmt: skip
+from data import (BatchDataset, DataConfig, Documents, JSONTokenizer, Loader, Mixture, Pairs, Picture, Scenes, Skipped, Stream, TextFiles, Tokenizer,
+                  fitting, load_image, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer)  # fmt: skip
 from sample import load
 
 BYTES = Tokenizer()
@@ -581,10 +581,10 @@ def test_everything_a_worker_needs_can_be_sent_to_it(shards, tmp_path):
     (tmp_path / "t.txt").write_text("some text and more of it\n" * 200)
     coco = write_coco(tmp_path / "c.json", tmp_path / "images")
     for batches in (loader(f"{shards},{coco}", text=str(tmp_path / "t.txt"), text_fraction=0.5), loader("")):
-        sent = pickle.dumps(Rows(batches.stream, BYTES))
+        sent = pickle.dumps(BatchDataset(batches.stream, BYTES))
         assert len(sent) < 20_000  # paths, not tables
         numbers = [[0, 1], [2, 3, 4]]
-        assert same(pickle.loads(sent)[numbers][0], Rows(batches.stream, BYTES)[numbers][0])
+        assert same(pickle.loads(sent)[numbers][0], BatchDataset(batches.stream, BYTES)[numbers][0])
 
 
 SCRIPT = """
