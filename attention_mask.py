@@ -1,13 +1,13 @@
 """The Transfusion attention mask: who may look at whom (paper, section 3, "Transfusion attention", figure 4).
 
 Text is read causally, an image all at once. A position may attend to every earlier position of its document, and a
-patch also to the later patches of its own image (unless `causal` is asked for). <BOI> and <EOI> are text, outside the image's block. Nothing sees
-another document packed into the same row, and padding sees only itself (a row of the mask that is all False would
-turn softmax into NaN).
+patch also to the later patches of its own image (unless `causal` is asked for). <BOI> and <EOI> are text, outside the
+image's block. Nothing sees another document packed into the same row, and padding sees only itself (a row of the mask
+that is all False would turn softmax into NaN).
 
 Exports `mask_rule`, the rule itself in the form that FlexAttention takes; `transfusion_mask`, the rule as a dense boolean
 mask for scaled_dot_product_attention, the reference everywhere; and `flex_mask`, the rule as the block mask of
-FlexAttention (Dong et al. 2024), which skips the blocks of the mask that are empty and exists in CUDA training only.
+FlexAttention (Dong et al. 2024), which skips the blocks of the mask that are empty; used only when training on CUDA.
 """
 
 from functools import cache
@@ -73,10 +73,9 @@ if __name__ == "__main__":
     mask = transfusion_mask(image_id, doc_id)[0, 0]
     for name, row in zip(names, mask):
         print(f"{name:>4} " + " ".join("■" if allowed else "·" for allowed in row))
-    colours = torch.where(image_id[0] >= 0, 1, 0)[:, None] & mask  # patch rows in blue, text rows in dark grey
     picture = torch.full((*mask.shape, 3), 238, dtype=torch.uint8)
-    picture[mask] = torch.tensor([60, 60, 70], dtype=torch.uint8)
-    picture[colours.bool()] = torch.tensor([66, 120, 220], dtype=torch.uint8)
+    picture[mask] = torch.tensor([60, 60, 70], dtype=torch.uint8)  # dark grey
+    picture[mask & (image_id[0] != TEXT)[:, None]] = torch.tensor([66, 120, 220], dtype=torch.uint8)  # rows of patches in blue
     cells = picture.repeat_interleave(24, 0).repeat_interleave(24, 1).numpy()
     cells[::24], cells[:, ::24] = 255, 255  # a white grid between the cells
     Image.fromarray(cells).save("attention_mask.png")
