@@ -54,7 +54,7 @@ NO_LOSS = -100  # a target that cross-entropy ignores
 class DataConfig:
     """What the documents are made of. Raises ValueError on a value out of range."""
 
-    data: str = ""  # a folder of pictures with .txt captions, tar shards or COCO captions, or several: a,b.tar:2,c.json (:2 = drawn twice as often); "" = the scenes
+    data: str = ""  # a folder of pictures with .txt captions, tars or COCO captions, or several: a,b.tar:2,c.json (:2 = drawn twice as often); "" = the scenes
     text: str = ""  # .txt or .jsonl files, or folders of them, comma-separated; "" = sentences about scenes beside the scenes, none beside --data
     text_fraction: float = 0.5  # share of all positions that is in documents of text alone (section 4.1: text and image tokens 1 : 1)
     tokenizer: str = ""  # a tokenizer.json, read with the package tokenizers; "" = bytes and `merges`
@@ -84,7 +84,8 @@ class DataConfig:
         if self.documents not in ("pairs", *CHANGES):
             raise ValueError(f"documents is {self.documents!r}; it must be one of pairs, {', '.join(CHANGES)}")
         if self.documents != "pairs" and (self.data or not GRAMMARS[self.grammar].cells):
-            raise ValueError(f"documents is {self.documents!r}, for which the built-in scenes must tell places: leave --data out, and give --grammar places or rich")
+            needed = "for which the built-in scenes must tell places: leave --data out, and give --grammar places or rich"
+            raise ValueError(f"documents is {self.documents!r}, {needed}")
 
 
 # ---- Text as tokens -------------------------------------------------------------------------------------------------
@@ -1135,7 +1136,9 @@ class Pairs:
                 raise ValueError(f"{path}: no pictures here; --data wants {', '.join(SUFFIXES)} files with same-named .txt captions, or tars of them")
             key = pictures, [stamp(self.root, name) for name in files if name.lower().endswith((".tar", ".txt"))]
         elif suffix not in (".tar", ".json") or not self.root.is_file():
-            reason = "no such file or folder" if not self.root.exists() else "is no folder, .tar or .json" + "; a .tar must not be compressed" * (".tar" in self.root.suffixes)
+            reason = "no such file or folder"
+            if self.root.exists():
+                reason = "is no folder, .tar or .json" + "; a .tar must not be compressed" * (".tar" in self.root.suffixes)
             raise ValueError(f"{path}: {reason}; --data wants a folder of pictures with same-named .txt captions, tars of them, or COCO captions in a .json")
         elif suffix == ".tar":
             self.shards, key = [self.root], stamp(self.root)
@@ -1145,7 +1148,8 @@ class Pairs:
         if self.shards:
             records = lambda: tar_records(self.shards, found)
         self.table = Table(path, key, records, found, split, seed, max_broken, cache)
-        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(Latents(latents, len(self.table.rows), image_size) if latents else self.read)  # at most 64 MB of pixels
+        load = Latents(latents, len(self.table.rows), image_size) if latents else self.read
+        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(load)  # at most 64 MB of pixels
 
     def __len__(self):
         return len(self.table)
@@ -1329,10 +1333,11 @@ class Latents:
             self.shards = [np.load(file, mmap_mode="r") for file in sorted(self.folder.glob("*.npy"))]
         except (OSError, ValueError) as error:
             raise ValueError(f"--latents {folder}: cannot be read ({error}); write them with vae.py --encode") from None
-        if (self.index["pictures"], self.index["image_size"]) != (pictures, image_size):
-            raise ValueError(f"--latents {folder}: are of {self.index['pictures']:,} pictures of {self.index['image_size']} pixels, not of {pictures:,} of {image_size}")
-        if sum(map(len, self.shards)) != pictures:
-            raise ValueError(f"--latents {folder}: only {sum(map(len, self.shards)):,} of {pictures:,} pictures are encoded; start vae.py --encode again, it goes on")
+        of, side = self.index["pictures"], self.index["image_size"]
+        if (of, side) != (pictures, image_size):
+            raise ValueError(f"--latents {folder}: are of {of:,} pictures of {side} pixels, not of {pictures:,} of {image_size}")
+        if (done := sum(map(len, self.shards))) != pictures:
+            raise ValueError(f"--latents {folder}: only {done:,} of {pictures:,} pictures are encoded; start vae.py --encode again, it goes on")
 
     def __call__(self, row):
         latents = np.array(self.shards[row // self.index["shard"]][row % self.index["shard"]])

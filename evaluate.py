@@ -292,8 +292,8 @@ def story_accuracy(trained, stories, grammar, seed=0):
 
 def own_story_accuracy(trained, scenes, source, seed=0):
     """As `story_accuracy`, but only the first scene's caption is given: the model, which goes on as sample.py lets it, writes the
-    instructions itself. source: the data.Stories whose grammar it is to follow. "own words": the share of instructions that the scene allows; "own stories": of stories in which all are such and
-    all pictures right."""
+    instructions itself. source: the data.Stories whose grammar it is to follow. "own words": the share of instructions that the scene
+    allows; "own stories": of stories in which all are such and all pictures right."""
     number, grammar = 1 + source.changes, source.scenes.grammar
     documents = generate(trained, [[scene.caption] for scene in scenes], range(seed, seed + len(scenes)), max_images=number)
     told, right = [], []
@@ -416,9 +416,10 @@ def format_scores(scores):
 # ---- Scores on real data (section 4.2) ------------------------------------------------------------------------------
 
 HOW_TO_GET = {
-    "fid": "give --inception FILE, FID's own network (weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0), and pip install torch-fidelity",
+    "fid": "give --inception FILE, FID's own network (weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0), "
+           "and pip install torch-fidelity",
     "clip_score": "give --clip FOLDER, a CLIP as transformers or open_clip saves it (such as openai/clip-vit-base-patch32), and pip install that package",
-}
+}  # fmt: skip
 
 
 def words(text):
@@ -459,7 +460,8 @@ def cider(candidates, references, n=4, sigma=6.0):
 def frechet_distance(a, b):
     """Between the Gaussians that have the mean and covariance of two sets of features (N, D) (Heusel et al. 2017; on
     Inception's features, FID): |m - n|^2 + tr(S + T - 2 (S T)^(1/2)). Biased upwards where N is not many times D."""
-    (m, s), (n, t) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False, ddof=min(1, len(x) - 1)))) for x in (np.asarray(a, np.float64), np.asarray(b, np.float64)))
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    (m, s), (n, t) = ((x.mean(0), np.atleast_2d(np.cov(x, rowvar=False, ddof=min(1, len(x) - 1)))) for x in (a, b))
     values, vectors = np.linalg.eigh(s)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     # S T has the eigenvalues of S^(1/2) T S^(1/2), which is symmetric and so gives no complex ones.
