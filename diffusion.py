@@ -135,32 +135,28 @@ class DDPM(nn.Module):
         a, b = self.abar[t], self.abar[s]
         return a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5, 1 - a / b
 
-    def ddpm_step(self, prediction, x_t, t, s, noise):
+    def ddpm_step(self, x_0, x_t, t, s, noise):
         """One ancestral step from t to s < t: a draw from q(x_s | x_t, x_0) (Ho et al. 2020, eq. 6-7) at the estimated
         x_0, its betas taken between t and s, so that any subset of the 1000 steps can be visited."""
-        _, x_0 = self.eps_and_x_0(prediction, x_t, t)
         alpha_t, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
         of_x_0, of_x_t = alpha_s * beta / sigma_t**2, alpha_t / alpha_s * sigma_s**2 / sigma_t**2
         return times(of_x_0, x_0) + times(of_x_t, x_t) + times(sigma_s / sigma_t * beta**0.5, noise)
 
-    def ddim_step(self, prediction, x_t, t, s, noise=None, eta=0.0):
-        """One DDIM step from t to s < t (Song et al. 2021, eq. 12 and 16). eta = 0 adds no noise; eta = 1 is ancestral."""
-        eps, x_0 = self.eps_and_x_0(prediction, x_t, t)
+    def ddim_step(self, eps, x_0, t, s, noise, eta):
+        """One DDIM step from t to s < t (Song et al. 2021, eq. 12 and 16). eta: 0 = no noise, which may be None; 1 = ancestral."""
         _, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
         spread = eta * sigma_s / sigma_t * beta**0.5
         x_s = times(alpha_s, x_0) + times((sigma_s**2 - spread**2) ** 0.5, eps)
         return x_s if noise is None else x_s + times(spread, noise)
 
-    def dpm_step(self, prediction, x_t, t, s, t_before=0, x_0_before=None):
+    def dpm_step(self, x_0, x_t, t, s, t_before, x_0_before):
         """One step of DPM-Solver++(2M) from t to s < t (Lu et al. 2022, "DPM-Solver++", algorithm 2): x_0 is extrapolated
         from this step's estimate and the one at t_before > t. First order, as DDIM, where t_before or s is 0."""
-        _, x_0 = self.eps_and_x_0(prediction, x_t, t)
         alpha_t, sigma_t, alpha_s, sigma_s, _ = self.between(t, s)
         second = (np.asarray(t_before) > 0) & (np.asarray(s) > 0)
-        h = np.where(second, self.log_snr[s] - self.log_snr[t], 0) / 2
-        h_before = np.where(second, self.log_snr[t] - self.log_snr[t_before], 2) / 2
         if second.any():
-            x_0 = x_0 + times(h / (2 * h_before), x_0 - x_0_before)
+            h, h_before = self.log_snr[s] - self.log_snr[t], self.log_snr[t] - self.log_snr[t_before]
+            x_0 = x_0 + times(np.where(second, h / (2 * h_before), 0), x_0 - x_0_before)
         return times(sigma_s / sigma_t, x_t) + times(alpha_s - alpha_t * sigma_s / sigma_t, x_0)
 
     def step(self, sampler, prediction, x_t, t, s, noise=None, eta=0.0, t_before=0, x_0_before=None):
@@ -168,13 +164,12 @@ class DDPM(nn.Module):
 
         noise: like x_t, for those that `needs_noise` names; t_before, x_0_before: of the previous step, 0 = there was none
         """
+        eps, x_0 = self.eps_and_x_0(prediction, x_t, t)
         if sampler == "ddpm":
-            x_s = self.ddpm_step(prediction, x_t, t, s, noise)
-        elif sampler == "ddim":
-            x_s = self.ddim_step(prediction, x_t, t, s, noise, eta)
-        else:
-            x_s = self.dpm_step(prediction, x_t, t, s, t_before, x_0_before)
-        return x_s, self.eps_and_x_0(prediction, x_t, t)[1]
+            return self.ddpm_step(x_0, x_t, t, s, noise), x_0
+        if sampler == "ddim":
+            return self.ddim_step(eps, x_0, t, s, noise, eta), x_0
+        return self.dpm_step(x_0, x_t, t, s, t_before, x_0_before), x_0
 
     def sample(self, predict, x_T, steps, sampler="ddpm", eta=0.0, noise=torch.randn_like):
         """Denoise x_T (N, ...) ~ N(0, 1) to x_0 in `steps` calls of `predict(x_t, t) -> prediction`, t an int. noise(x) draws

@@ -29,7 +29,7 @@ def test_alpha_and_sigma_start_at_the_clean_image():
 @pytest.mark.parametrize("n", range(len(DIFFUSERS["ddpm_t_s"])), ids=lambda n: "{}to{}".format(*DIFFUSERS["ddpm_t_s"][n]))
 def test_ancestral_step_equals_diffusers(prediction, n):
     t, s = DIFFUSERS["ddpm_t_s"][n].tolist()
-    x_s = DDPM(prediction=prediction).ddpm_step(OUTPUT, X_T, t, s, NOISE)
+    x_s, _ = DDPM(prediction=prediction).step("ddpm", OUTPUT, X_T, t, s, NOISE)
     torch.testing.assert_close(x_s, torch.tensor(DIFFUSERS[f"ddpm_{prediction}"][n]), rtol=1e-4, atol=1e-5)
 
 
@@ -38,7 +38,7 @@ def test_ancestral_step_equals_diffusers(prediction, n):
 @pytest.mark.parametrize("n", range(len(DIFFUSERS["ddim_t_s"])), ids=lambda n: "{}to{}".format(*DIFFUSERS["ddim_t_s"][n]))
 def test_ddim_step_equals_diffusers(prediction, e, n):
     (t, s), eta = DIFFUSERS["ddim_t_s"][n].tolist(), DIFFUSERS["ddim_eta"][e]
-    x_s = DDPM(prediction=prediction).ddim_step(OUTPUT, X_T, t, s, NOISE if eta else None, eta)
+    x_s, _ = DDPM(prediction=prediction).step("ddim", OUTPUT, X_T, t, s, NOISE if eta else None, eta)
     torch.testing.assert_close(x_s, torch.tensor(DIFFUSERS[f"ddim_{prediction}"][e, n]), rtol=1e-4, atol=1e-5)
 
 
@@ -48,8 +48,8 @@ def test_ancestral_ddim_is_the_ddpm_step(steps):
     ddpm = DDPM(prediction="v")
     times = ddpm.schedule(steps)
     for t, s in zip(times, times[1:]):
-        ddim = ddpm.ddim_step(OUTPUT, X_T, t, s, NOISE, eta=1.0)
-        torch.testing.assert_close(ddim, ddpm.ddpm_step(OUTPUT, X_T, t, s, NOISE), rtol=1e-3, atol=1e-3)
+        ancestral, ddim = ddpm.step("ddpm", OUTPUT, X_T, t, s, NOISE), ddpm.step("ddim", OUTPUT, X_T, t, s, NOISE, eta=1.0)
+        torch.testing.assert_close(ddim, ancestral, rtol=1e-3, atol=1e-3)
 
 
 def network(x, t):
