@@ -55,19 +55,19 @@ def times(factor, x):
 
 
 class DDPM(nn.Module):
-    """The noise schedule and what follows from it. Has no parameters; a module so that `.to(device)` moves its tables."""
+    """The noise schedule and what follows from it. Has no parameters; a module so that `.to(device)` moves its tables.
+    options: the fields of DiffusionConfig."""
 
-    def __init__(self, timesteps=1000, prediction="eps", t_draw="uniform", t_mean=0.0, t_std=1.0):
+    def __init__(self, **options):
         super().__init__()
-        self.config = DiffusionConfig(timesteps, prediction, t_draw, t_mean, t_std)
-        self.timesteps = timesteps
+        self.config = DiffusionConfig(**options)
+        self.timesteps = timesteps = self.config.timesteps
         t = np.arange(timesteps + 1, dtype=np.float64)
         f = np.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2  # Nichol & Dhariwal, eq. 17
         betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
         abar = np.concatenate([[1.0], np.cumprod(1 - betas)])  # indexed by t: abar[0] = 1 is the clean image
         self.abar = abar  # float64: the steps below need 1 - abar_t / abar_s and sigma_s^2, which cancel in float32 at either end
         self.log_snr = np.log(abar / np.maximum(1 - abar, 1e-300))  # at t = 0, where it is infinite, very large
-        self.register_buffer("alphas_cumprod", torch.tensor(abar[1:], dtype=torch.float32), persistent=False)  # (T,), without t = 0
         self.register_buffer("alpha", torch.tensor(np.sqrt(abar), dtype=torch.float32), persistent=False)  # (T + 1,)
         self.register_buffer("sigma", torch.tensor(np.sqrt(1 - abar), dtype=torch.float32), persistent=False)  # (T + 1,)
 
