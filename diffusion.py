@@ -35,9 +35,9 @@ class DiffusionConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
 
 
-def guide(conditional, unconditional, scale):
+def guide(conditional, unconditional, guidance_scale):
     """Classifier-free guidance (Ho & Salimans 2022): 1 = the conditional prediction as it is, 0 = the unconditional one."""
-    return unconditional + scale * (conditional - unconditional)
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def needs_noise(sampler, eta=0.0):
@@ -49,7 +49,7 @@ def needs_noise(sampler, eta=0.0):
     return sampler == "ddpm" or (sampler == "ddim" and eta > 0)
 
 
-def times(factor, x):
+def scale(factor, x):
     """x (N, ...) multiplied by one number, or by one for each of the N."""
     return torch.tensor(factor, dtype=x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1)) * x
 
@@ -118,7 +118,7 @@ class DDPM(nn.Module):
             return prediction, (x_t - sigma * prediction) / alpha
         return alpha * prediction + sigma * x_t, alpha * x_t - sigma * prediction
 
-    def schedule(self, steps):
+    def sampling_timesteps(self, steps):
         """The timesteps visited in `steps` denoising steps, evenly spaced: first = t_0 > t_1 > ... > t_steps = 0.
 
         The first is T, or for eps-prediction the last t whose alpha_t is at least 0.015 (990 of 1000): its x_0 divides the
@@ -140,14 +140,14 @@ class DDPM(nn.Module):
         x_0, its betas taken between t and s, so that any subset of the 1000 steps can be visited."""
         alpha_t, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
         of_x_0, of_x_t = alpha_s * beta / sigma_t**2, alpha_t / alpha_s * sigma_s**2 / sigma_t**2
-        return times(of_x_0, x_0) + times(of_x_t, x_t) + times(sigma_s / sigma_t * beta**0.5, noise)
+        return scale(of_x_0, x_0) + scale(of_x_t, x_t) + scale(sigma_s / sigma_t * beta**0.5, noise)
 
     def ddim_step(self, eps, x_0, t, s, noise, eta):
         """One DDIM step from t to s < t (Song et al. 2021, eq. 12 and 16). eta: 0 = no noise, which may be None; 1 = ancestral."""
         _, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
         spread = eta * sigma_s / sigma_t * beta**0.5
-        x_s = times(alpha_s, x_0) + times((sigma_s**2 - spread**2) ** 0.5, eps)
-        return x_s if noise is None else x_s + times(spread, noise)
+        x_s = scale(alpha_s, x_0) + scale((sigma_s**2 - spread**2) ** 0.5, eps)
+        return x_s if noise is None else x_s + scale(spread, noise)
 
     def dpm_step(self, x_0, x_t, t, s, t_before, x_0_before):
         """One step of DPM-Solver++(2M) from t to s < t (Lu et al. 2022, "DPM-Solver++", algorithm 2): x_0 is extrapolated
@@ -156,8 +156,8 @@ class DDPM(nn.Module):
         second = (np.asarray(t_before) > 0) & (np.asarray(s) > 0)
         if second.any():
             h, h_before = self.log_snr[s] - self.log_snr[t], self.log_snr[t] - self.log_snr[t_before]
-            x_0 = x_0 + times(np.where(second, h / (2 * h_before), 0), x_0 - x_0_before)
-        return times(sigma_s / sigma_t, x_t) + times(alpha_s - alpha_t * sigma_s / sigma_t, x_0)
+            x_0 = x_0 + scale(np.where(second, h / (2 * h_before), 0), x_0 - x_0_before)
+        return scale(sigma_s / sigma_t, x_t) + scale(alpha_s - alpha_t * sigma_s / sigma_t, x_0)
 
     def step(self, sampler, prediction, x_t, t, s, noise=None, eta=0.0, t_before=0, x_0_before=None):
         """One step of one of SAMPLERS, from t to s < t -> x_s and the estimate of x_0 (N, ...).
@@ -175,7 +175,7 @@ class DDPM(nn.Module):
         """Denoise x_T (N, ...) ~ N(0, 1) to x_0 in `steps` calls of `predict(x_t, t) -> prediction`, t an int. noise(x) draws
         what is added on the way. Raises ValueError on an unknown sampler."""
         x, x_0, t_before, added = x_T, None, 0, needs_noise(sampler, eta)
-        visited = self.schedule(steps)
+        visited = self.sampling_timesteps(steps)
         for t, s in zip(visited, visited[1:]):
             x, x_0 = self.step(sampler, predict(x, t).float(), x, t, s, noise(x) if added else None, eta, t_before, x_0)
             t_before = t

@@ -138,9 +138,9 @@ class Decoder:
         self.sampler, self.eta, self.noisy = sampler, eta, needs_noise(sampler, eta)
         self.guidance_scale, self.top_k, self.top_p, self.on_text, self.on_step = guidance_scale, top_k, top_p, on_text, on_step
         self.n_patches, self.shape, self.limit = c.n_patches, (c.latent_channels, c.latent_size, c.latent_size), trained.config["data"]["seq_len"]
-        self.steps, self.times = steps, None
+        self.steps, self.timesteps = steps, None
         if c.images == "continuous":
-            self.times = np.array(trained.ddpm.schedule(steps) + [0])  # the last: once more, clean
+            self.timesteps = np.array(trained.ddpm.sampling_timesteps(steps) + [0])  # the last: once more, clean
         self.causal = c.image_attention == "causal"
         self.rows = [None] * places
         self.logits = torch.zeros(places, c.vocab_size, device=self.device)  # of each row's next token
@@ -276,7 +276,7 @@ class Decoder:
         if not places:
             return
         step = np.array([self.rows[p].step for p in places])
-        t, going_on = self.times[step], step < self.steps
+        t, going_on = self.timesteps[step], step < self.steps
         guided = self.branches == 2 and going_on.any()
         rows, starts, branches = [], [], 2 if guided else 1
         for p in places:
@@ -285,16 +285,16 @@ class Decoder:
         positions, mask = self.place(rows, starts, self.n_patches)
         if self.compiled and len(rows) < self.cache.k.shape[1]:
             self.cache.rows = self.cache.row_index[:, 0]  # a slice would be compiled in, and every other one compiled again
-        x, times = self.x[places].repeat_interleave(branches, 0), torch.tensor(t, device=self.device).repeat_interleave(branches)
-        prediction = self.denoise(x, times, positions, mask)
+        x_t = self.x[places].repeat_interleave(branches, 0)
+        prediction = self.denoise(x_t, torch.tensor(t, device=self.device).repeat_interleave(branches), positions, mask)
         if guided:
             prediction = guide(prediction[0::2], prediction[1::2], self.guidance_scale)
         if going_on.any():
             going, step, t = [p for p, on in zip(places, going_on) if on], step[going_on], t[going_on]
             noise = self.noise([self.rows[p] for p in going]) if self.noisy else None
-            t_before = np.where(step > 0, self.times[step - 1], 0)
+            t_before = np.where(step > 0, self.timesteps[step - 1], 0)
             self.x[going], self.x_0[going] = self.trained.ddpm.step(
-                self.sampler, prediction[going_on], self.x[going], t, self.times[step + 1], noise, self.eta, t_before, self.x_0[going]
+                self.sampler, prediction[going_on], self.x[going], t, self.timesteps[step + 1], noise, self.eta, t_before, self.x_0[going]
             )
         for p in places:
             self.advance(p)

@@ -44,7 +44,7 @@ def test_ddim_step_equals_diffusers(prediction, e, n):
 def test_ancestral_ddim_is_the_ddpm_step(steps):
     """eta = 1, at every step of every respacing: finite, and the same as ddpm_step."""
     ddpm = DDPM(prediction="v")
-    times = ddpm.schedule(steps)
+    times = ddpm.sampling_timesteps(steps)
     for t, s in zip(times, times[1:]):
         ancestral, ddim = ddpm.step("ddpm", OUTPUT, X_T, t, s, NOISE), ddpm.step("ddim", OUTPUT, X_T, t, s, NOISE, eta=1.0)
         torch.testing.assert_close(ddim, ancestral, rtol=1e-3, atol=1e-3)
@@ -60,7 +60,7 @@ def network(x, t):
 def test_trajectory_equals_diffusers(name, prediction, monkeypatch):
     """From noise to the end, through the same timesteps with the same noise."""
     ddpm, generator = DDPM(prediction=prediction), torch.Generator().manual_seed(0)
-    monkeypatch.setattr(ddpm, "schedule", lambda steps: SAMPLED[f"visited_{prediction}"].tolist())
+    monkeypatch.setattr(ddpm, "sampling_timesteps", lambda steps: SAMPLED[f"visited_{prediction}"].tolist())
     noise = lambda x: torch.randn(x.shape, generator=generator, dtype=torch.float64).float()
     x_0 = ddpm.sample(network, torch.tensor(SAMPLED["x_T"]), 1, name.removesuffix("_eta"), 0.6 if "eta" in name else 0.0, noise)
     torch.testing.assert_close(x_0, torch.tensor(SAMPLED[f"{name}_{prediction}"]), rtol=0, atol=1e-5)
@@ -83,7 +83,7 @@ def test_images_at_different_steps_do_not_mix(sampler, eta, prediction):
 
 @pytest.mark.parametrize("prediction, first, steps", [(p, f, n) for p, f in (("eps", 990), ("v", 1000)) for n in (1, 7, 25, 250, f - 1, f)])
 def test_visited_timesteps_fall_evenly_to_zero(steps, prediction, first):
-    visited = DDPM(prediction=prediction).schedule(steps)
+    visited = DDPM(prediction=prediction).sampling_timesteps(steps)
     gaps = -np.diff(visited)
     assert visited[0] == first and visited[-1] == 0 and len(visited) == steps + 1
     assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
@@ -93,7 +93,7 @@ def test_visited_timesteps_fall_evenly_to_zero(steps, prediction, first):
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_number_of_steps_is_refused(steps, prediction, first):
     with pytest.raises(ValueError, match=f"between 1 and {first}"):
-        DDPM(prediction=prediction).schedule(steps)
+        DDPM(prediction=prediction).sampling_timesteps(steps)
 
 
 def test_unknown_names_are_refused():

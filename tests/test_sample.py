@@ -103,7 +103,7 @@ def recompute(trained, document, seed, *, draw=True, steps=3, sampler="ddpm", et
         owner.append(-1)
         x = torch.randn(3, SIDE, SIDE, generator=generator)
         add_image(x)
-        times, x_0, before = ddpm.schedule(steps), None, 0
+        times, x_0, before = ddpm.sampling_timesteps(steps), None, 0
         for t, s in zip(times, times[1:]):
             prediction = forward(ids, owner, images[:-1] + [x], t)[1][-1]
             if guidance_scale != 1.0:
