@@ -151,7 +151,7 @@ class Decoder:
         self.cache = KVCache(c, self.branches * places, max(slots, 2 + c.n_patches), self.device, dtype)
         if self.branches == 2:
             start = self.embed([[self.tokenizer.bos, self.tokenizer.boi]] * places)
-            self.run(start, range(1, 2 * places, 2), [0] * places, torch.ones(2, 2, dtype=torch.bool, device=self.device).tril())
+            self.run(start, self.cache_rows(range(places), 2)[1::2], [0] * places, torch.ones(2, 2, dtype=torch.bool, device=self.device).tril())
 
     def compiles(self, image_steps):
         """Does it pay to compile the denoising step?"""
@@ -159,6 +159,14 @@ class Decoder:
 
     def embed(self, tokens):
         return self.model.embedding(torch.tensor(tokens, device=self.device))
+
+    def places(self, drawing):
+        """The places whose rows are in image mode, or in text mode."""
+        return [p for p, row in enumerate(self.rows) if row and (row.step is not None) == drawing]
+
+    def cache_rows(self, places, branches=1):
+        """The cache rows of these places: of each the row's own and, of 2 branches, its guidance branch's."""
+        return [self.branches * p + branch for p in places for branch in range(branches)]
 
     def place(self, rows, starts, n):
         """Have the cache take n new positions of each of these cache rows -> the positions (R, n), and the mask that hides what
@@ -186,7 +194,7 @@ class Decoder:
         batch = collate([[row.prompt] for row in rows], self.tokenizer, max(row.position for row in rows), self.n_patches).to(self.device)
         # Padding comes last, so nothing looks at it; rows of text alone share one mask.
         mask = transfusion_mask(batch.image_id if len(batch.images) else batch.image_id[:1], causal=self.causal)
-        h = self.run(self.embed_prompts(batch), [self.branches * p for p in places], [0] * len(rows), mask)
+        h = self.run(self.embed_prompts(batch), self.cache_rows(places), [0] * len(rows), mask)
         last = torch.tensor([row.position - 1 for row in rows], device=self.device)
         self.logits[places] = self.model.head(h[torch.arange(len(rows), device=self.device), last]).float()
         for p, row in zip(places, rows):
@@ -207,13 +215,13 @@ class Decoder:
 
     def text_step(self):
         """One token for each row in text mode."""
-        places = [p for p, row in enumerate(self.rows) if row and row.step is None]
+        places = self.places(drawing=False)
         tokens = self.sample_tokens(places) if places else []
         going_on = [(p, self.rows[p], token) for p, token in zip(places, tokens) if self.accept(p, token)]
         if not going_on:
             return
         places, rows, tokens = zip(*going_on)
-        h = self.run(self.embed(tokens)[:, None], [self.branches * p for p in places], [row.position for row in rows])
+        h = self.run(self.embed(tokens)[:, None], self.cache_rows(places), [row.position for row in rows])
         self.logits[list(places)] = self.model.head(h[:, 0]).float()
         for p, row, token in going_on:
             row.position += 1
@@ -272,16 +280,14 @@ class Decoder:
     def image_step(self):
         """One denoising step for each row in image mode; for those that have made them all, the call that leaves the clean
         picture's keys and values."""
-        places = [p for p, row in enumerate(self.rows) if row and row.step is not None]
+        places = self.places(drawing=True)
         if not places:
             return
         step = np.array([self.rows[p].step for p in places])
         t, going_on = self.timesteps[step], step < self.steps
         guided = self.branches == 2 and going_on.any()
-        rows, starts, branches = [], [], 2 if guided else 1
-        for p in places:
-            rows += [self.branches * p, 2 * p + 1][:branches]
-            starts += [self.rows[p].position, 2][:branches]
+        branches = 2 if guided else 1
+        rows, starts = self.cache_rows(places, branches), [(self.rows[p].position, 2)[branch] for p in places for branch in range(branches)]
         positions, mask = self.place(rows, starts, self.n_patches)
         if self.compiled and len(rows) < self.cache.k.shape[1]:
             self.cache.rows = self.cache.row_index[:, 0]  # a slice would be compiled in, and every other one compiled again
@@ -344,16 +350,13 @@ class CodeDecoder(Decoder):
         return self.trained.vae.codebook.counts.argmax().expand(len(rows), self.n_patches)
 
     def image_step(self):
-        places = [p for p, row in enumerate(self.rows) if row and row.step is not None]
+        places = self.places(drawing=True)
         if not places:
             return
-        rows, starts, step = [], [], torch.tensor([self.rows[p].step for p in places], device=self.device)
-        for p in places:
-            before = [self.rows[p].position - 1, 1]  # the place of <BOI> in the row, and in its guidance branch
-            rows += [self.branches * p, 2 * p + 1][: self.branches]
-            starts += [start + self.rows[p].step for start in before[: self.branches]]
+        step = torch.tensor([self.rows[p].step for p in places], device=self.device)
+        starts = [(self.rows[p].position, 2)[branch] + self.rows[p].step - 1 for p in places for branch in range(self.branches)]
         tokens = torch.where(step > 0, self.tokenizer.vocab_size + self.x[places, step - 1], self.tokenizer.boi)
-        h = self.run(self.model.embedding(tokens.repeat_interleave(self.branches))[:, None], rows, starts)
+        h = self.run(self.model.embedding(tokens.repeat_interleave(self.branches))[:, None], self.cache_rows(places, self.branches), starts)
         logits = self.model.head(h[:, 0]).float()[:, self.tokenizer.vocab_size :]
         if self.branches == 2:
             logits = guide(logits[0::2], logits[1::2], self.guidance_scale)
