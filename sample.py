@@ -7,20 +7,20 @@
                                                                  a story: the model writes what changes, and draws it
     python sample.py                                             the model starts by itself; --free: it goes on by itself
 
-The rule for a batch whose rows are in different modes. A row is in text mode until it samples <BOI>; then in image mode for
+The rule for a batch of sequences in different modes. A sequence is in text mode until it samples <BOI>; then in image mode for
 T' denoising steps and one more call at t = 0, which leaves the clean picture's keys and values behind; then in text mode
 again, beginning with an inserted <EOI>; until it samples <EOS>, or has used up its tokens, images or positions, and gives its
-place to the next document that waits. Each round makes TEXT_CALLS calls that give every row in text mode one token each, then
-one denoising call that takes every row in image mode one step further, each from its own t. So no row ever waits for
-another's whole text or picture, only for a few calls: a token is cheap beside a denoising step, and the sooner a row has
-written its text, the more rows share each denoising step. Every row has its own cache rows, position and random generator:
-what it produces does not depend on its neighbours, nor on how calls are shared out.
+place to the next one that waits. Each round makes TEXT_CALLS calls that give every sequence in text mode one token each, then
+one denoising call that takes every sequence in image mode one step further, each from its own t. So none ever waits for
+another's whole text or picture, only for a few calls: a token is cheap beside a denoising step, and the sooner a sequence has
+written its text, the more of them share each denoising step. Every sequence has its own cache rows, position and random
+generator: what it produces does not depend on its neighbours, nor on how calls are shared out.
 
-A denoising step runs only the image's own patches, of the row and of its guidance branch (<BOS> <BOI> patches) in one batch:
+A denoising step runs only the image's own patches, of the sequence and of its guidance branch (<BOS> <BOI> patches) in one batch:
 what came before is in the KV cache, and inside an image everything sees everything, so there is no mask, but for the one that
 hides the unused slots of shorter prefixes.
 
-A discrete model (Chameleon) samples an image's codes as it samples text, one a call; everything else is the same (`CodeDecoder`).
+A discrete model (Chameleon) samples an image's codes as it samples text, one a call; everything else is the same (`CodeEngine`).
 
 From Python: `generate(load("out/small"), [["a red circle"], [image, "make it blue"], []], seeds=[0, 1, 2])`.
 """
@@ -106,14 +106,16 @@ def export(trained, folder):
 
 
 # ---- The engine -----------------------------------------------------------------------------------------------------
+# A *sequence* is one document being decoded; a *place* is a slot of the engine's batch, which holds one sequence or none; a *cache row*
+# is a row of the KV cache: one for each place, or with guidance two, of which the second is the guidance branch's.
 
-TEXT_CALLS = 4  # tokens that each row in text mode gets between two denoising steps of the others; `tests/bench.py sampling` compares
+TEXT_CALLS = 4  # tokens that each sequence in text mode gets between two denoising steps of the others; `tests/bench.py sampling` compares
 COMPILE_FROM = 10_000  # image denoising steps, on CUDA: from about here on they repay a minute of compilation
 
 
 @dataclass
-class Row:
-    """One document, waiting or being written."""
+class Sequence:
+    """One document being decoded, or waiting for that."""
 
     number: int  # of the document
     prompt: list  # its segments, as in data.Documents
@@ -128,30 +130,30 @@ class Row:
     said: int = 0  # characters of the current text that were reported
 
 
-class Decoder:
-    """The places of a batch, the rows in them, and the three calls of the model that move these on: the prompts of new rows,
-    a token for each row in text mode, a denoising step for each row in image mode."""
+class Engine:
+    """The sequences in their places, and the three calls of the model that move them on: the prompts of new ones, a token for each
+    in text mode, a denoising step for each in image mode."""
 
-    def __init__(self, trained, places, slots, pictures, *, steps, sampler, eta, guidance_scale, top_k, top_p, on_text, on_step):
+    def __init__(self, trained, n_places, cache_length, n_images, *, steps, sampler, eta, guidance_scale, top_k, top_p, on_text, on_step):
         self.trained, self.model, self.tokenizer = trained, trained.model, trained.tokenizer
         c, self.device = self.model.config, next(self.model.parameters()).device
         self.sampler, self.eta, self.noisy = sampler, eta, needs_noise(sampler, eta)
         self.guidance_scale, self.top_k, self.top_p, self.on_text, self.on_step = guidance_scale, top_k, top_p, on_text, on_step
         self.n_patches, self.shape, self.limit = c.n_patches, (c.latent_channels, c.latent_size, c.latent_size), trained.config["data"]["seq_len"]
-        self.steps, self.timesteps = steps, None
+        self.steps = steps
         if c.images == "continuous":
             self.timesteps = np.array(trained.ddpm.sampling_timesteps(steps) + [0])  # the last: once more, clean
         self.causal = c.image_attention == "causal"
-        self.rows = [None] * places
-        self.logits = torch.zeros(places, c.vocab_size, device=self.device)  # of each row's next token
-        self.x, self.x_0 = torch.zeros(2, places, *self.shape, device=self.device)  # x_t, and the last step's estimate of x_0
-        self.compiled = self.compiles(pictures * steps)
-        self.branches = 1 if guidance_scale == 1.0 else 2  # cache rows of each place: the row's, its guidance branch's
+        self.sequences = [None] * n_places  # None: the place is free
+        self.logits = torch.zeros(n_places, c.vocab_size, device=self.device)  # of each sequence's next token
+        self.x, self.x_0 = torch.zeros(2, n_places, *self.shape, device=self.device)  # x_t, and the last step's estimate of x_0
+        self.compiled = self.compiles(n_images * steps)
+        self.branches = 1 if guidance_scale == 1.0 else 2  # cache rows of each place
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.cache = KVCache(c, self.branches * places, max(slots, 2 + c.n_patches), self.device, dtype)
+        self.cache = KVCache(c, self.branches * n_places, max(cache_length, 2 + c.n_patches), self.device, dtype)
         if self.branches == 2:
-            start = self.embed([[self.tokenizer.bos, self.tokenizer.boi]] * places)
-            self.run(start, self.cache_rows(range(places), 2)[1::2], [0] * places, torch.ones(2, 2, dtype=torch.bool, device=self.device).tril())
+            start = self.embed([[self.tokenizer.bos, self.tokenizer.boi]] * n_places)
+            self.run(start, self.cache_rows(range(n_places), 2)[1::2], [0] * n_places, torch.ones(2, 2, dtype=torch.bool, device=self.device).tril())
 
     def compiles(self, image_steps):
         """Does it pay to compile the denoising step?"""
@@ -161,45 +163,46 @@ class Decoder:
         return self.model.embedding(torch.tensor(tokens, device=self.device))
 
     def places(self, drawing):
-        """The places whose rows are in image mode, or in text mode."""
-        return [p for p, row in enumerate(self.rows) if row and (row.step is not None) == drawing]
+        """The places of the sequences in image mode, or of those in text mode."""
+        return [p for p, sequence in enumerate(self.sequences) if sequence and (sequence.step is not None) == drawing]
 
     def cache_rows(self, places, branches=1):
-        """The cache rows of these places: of each the row's own and, of 2 branches, its guidance branch's."""
+        """The cache rows of these places: of each the first, or with branches = 2 also the guidance branch's."""
         return [self.branches * p + branch for p in places for branch in range(branches)]
 
-    def place(self, rows, starts, n):
+    def reserve(self, cache_rows, starts, n):
         """Have the cache take n new positions of each of these cache rows -> the positions (R, n), and the mask that hides what
-        other rows alone have reached, and what comes later in an image that is read causally: None if there is nothing to hide."""
+        other cache rows alone have reached, and what comes later in an image that is read causally: None if there is nothing to hide."""
         positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(n, device=self.device)
         visible = max(starts) + n
-        self.cache.at(rows, positions, visible)
+        self.cache.at(cache_rows, positions, visible)
         hidden = min(starts) < max(starts) or self.causal and n > 1
         ends = positions if self.causal else positions[:, -1:]  # how far each looks
         return positions, (torch.arange(visible, device=self.device) <= ends[:, :, None])[:, None] if hidden else None
 
-    def run(self, h, rows, starts, mask=None):
-        """New tokens h (R, n, dim) of these cache rows through the trunk. mask: if not the one that `place` finds."""
-        positions, hiding = self.place(rows, starts, h.shape[1])
+    def run(self, h, cache_rows, starts, mask=None):
+        """New tokens h (R, n, dim) of these cache rows through the trunk. mask: if not the one that `reserve` finds."""
+        positions, hiding = self.reserve(cache_rows, starts, h.shape[1])
         return self.model.trunk(h, positions, hiding if mask is None else mask, self.cache)
 
     # ---- prompts ----
 
     def admit(self, waiting):
-        """Move rows from the queue to the free places, their prompts, padded on the right, through the model in one call."""
-        places = [p for p, row in enumerate(self.rows) if row is None][: len(waiting)]
+        """Move waiting sequences to the free places, and run their prompts, padded on the right, in one call."""
+        places = [p for p, sequence in enumerate(self.sequences) if sequence is None][: len(waiting)]
         if not places:
             return
-        rows = [waiting.popleft() for _ in places]
-        batch = collate([[row.prompt] for row in rows], self.tokenizer, max(row.position for row in rows), self.n_patches).to(self.device)
-        # Padding comes last, so nothing looks at it; rows of text alone share one mask.
+        sequences = [waiting.popleft() for _ in places]
+        lengths = [sequence.position for sequence in sequences]
+        batch = collate([[sequence.prompt] for sequence in sequences], self.tokenizer, max(lengths), self.n_patches).to(self.device)
+        # Padding comes last, so nothing looks at it; prompts of text alone share one mask.
         mask = transfusion_mask(batch.image_id if len(batch.images) else batch.image_id[:1], causal=self.causal)
-        h = self.run(self.embed_prompts(batch), self.cache_rows(places), [0] * len(rows), mask)
-        last = torch.tensor([row.position - 1 for row in rows], device=self.device)
-        self.logits[places] = self.model.head(h[torch.arange(len(rows), device=self.device), last]).float()
-        for p, row in zip(places, rows):
-            self.rows[p] = row
-            if row.step == 0:
+        h = self.run(self.embed_prompts(batch), self.cache_rows(places), [0] * len(sequences), mask)
+        last = h[torch.arange(len(lengths), device=self.device), torch.tensor(lengths, device=self.device) - 1]
+        self.logits[places] = self.model.head(last).float()
+        for p, sequence in zip(places, sequences):
+            self.sequences[p] = sequence
+            if sequence.step == 0:
                 self.begin_image(p)
 
     def embed_prompts(self, batch):
@@ -208,96 +211,97 @@ class Decoder:
         return self.model.embed(batch.tokens, batch.image_id, x_0, torch.zeros(len(x_0), dtype=torch.long, device=self.device))[0]
 
     def finish(self, p):
-        self.say(self.rows[p], everything=True)
-        self.rows[p] = None
+        self.say(self.sequences[p], everything=True)
+        self.sequences[p] = None
 
     # ---- text mode ----
 
     def text_step(self):
-        """One token for each row in text mode."""
+        """One token for each sequence in text mode."""
         places = self.places(drawing=False)
         tokens = self.sample_tokens(places) if places else []
-        going_on = [(p, self.rows[p], token) for p, token in zip(places, tokens) if self.accept(p, token)]
+        going_on = [(p, self.sequences[p], token) for p, token in zip(places, tokens) if self.accept(p, token)]
         if not going_on:
             return
-        places, rows, tokens = zip(*going_on)
-        h = self.run(self.embed(tokens)[:, None], self.cache_rows(places), [row.position for row in rows])
+        places, sequences, tokens = zip(*going_on)
+        h = self.run(self.embed(tokens)[:, None], self.cache_rows(places), [sequence.position for sequence in sequences])
         self.logits[list(places)] = self.model.head(h[:, 0]).float()
-        for p, row, token in going_on:
-            row.position += 1
-            row.after_image = False
+        for p, sequence, token in going_on:
+            sequence.position += 1
+            sequence.after_image = False
             if token == self.tokenizer.boi:
-                row.images_left -= 1
+                sequence.images_left -= 1
                 self.begin_image(p)
 
     def sample_tokens(self, places):
-        """The next token of each of these rows. <EOI> is inserted, <BOS>, padding and codes never occur, <BOI> only if an image is left."""
-        t, rows = self.tokenizer, [self.rows[p] for p in places]
+        """The next token of each of these sequences. <EOI> is inserted, <BOS>, padding and codes never occur, <BOI> only if an image is left."""
+        t, sequences = self.tokenizer, [self.sequences[p] for p in places]
         logits = self.logits[places]
         logits[:, [t.bos, t.eoi, t.pad, *range(t.vocab_size, logits.shape[1])]] = -torch.inf
-        full = [row.images_left <= 0 or row.position + 1 + self.n_patches > self.limit for row in rows]
+        full = [sequence.images_left <= 0 or sequence.position + 1 + self.n_patches > self.limit for sequence in sequences]
         logits[torch.tensor(full, device=self.device), t.boi] = -torch.inf
-        temperature = torch.tensor([row.temperature for row in rows])
-        u = torch.stack([torch.zeros(()) if row.temperature == 0 or row.after_image else torch.rand((), generator=row.generator) for row in rows])
+        temperature = torch.tensor([sequence.temperature for sequence in sequences])
+        sampled = lambda sequence: sequence.temperature > 0 and not sequence.after_image
+        u = torch.stack([torch.rand((), generator=sequence.generator) if sampled(sequence) else torch.zeros(()) for sequence in sequences])
         tokens = pick_tokens(logits, temperature.to(self.device), u.to(self.device), self.top_k, self.top_p).tolist()
-        return [t.eoi if row.after_image else token for row, token in zip(rows, tokens)]
+        return [t.eoi if sequence.after_image else token for sequence, token in zip(sequences, tokens)]
 
     def accept(self, p, token):
-        """Note the new token of a row, and close the row if it ends with it -> does it go on?"""
-        row, t = self.rows[p], self.tokenizer
+        """Note the new token of a sequence, and finish the sequence if that was its last -> does it go on?"""
+        sequence, t = self.sequences[p], self.tokenizer
         if token not in (t.eos, t.boi, t.eoi):
-            row.new.append(token)
-            row.tokens_left -= 1
-            self.say(row)
-        ends = token == t.eos or (row.tokens_left <= 0 and token != t.boi) or row.position >= self.limit
+            sequence.new.append(token)
+            sequence.tokens_left -= 1
+            self.say(sequence)
+        ends = token == t.eos or (sequence.tokens_left <= 0 and token != t.boi) or sequence.position >= self.limit
         if ends:
             self.finish(p)
         return not ends
 
-    def say(self, row, everything=False):
+    def say(self, sequence, everything=False):
         """Report text that was not reported yet; a character that is still incomplete waits for its other bytes."""
         if not self.on_text:
             return
-        ids = list(itertools.takewhile(lambda item: isinstance(item, int), reversed(row.new)))[::-1]
+        ids = list(itertools.takewhile(lambda item: isinstance(item, int), reversed(sequence.new)))[::-1]
         text = self.tokenizer.decode(ids)
-        if len(text) > row.said and (everything or not text.endswith("\ufffd")):
-            self.on_text(row.number, text[row.said :])
-            row.said = len(text)
+        if len(text) > sequence.said and (everything or not text.endswith("\ufffd")):
+            self.on_text(sequence.number, text[sequence.said :])
+            sequence.said = len(text)
 
     # ---- image mode ----
 
-    def noise(self, rows):
-        return torch.stack([torch.randn(self.shape, generator=row.generator) for row in rows]).to(self.device)
+    def noise(self, sequences):
+        return torch.stack([torch.randn(self.shape, generator=sequence.generator) for sequence in sequences]).to(self.device)
 
     def begin_image(self, p):
-        row = self.rows[p]
-        self.say(row, everything=True)
-        row.step, row.said = 0, 0
-        self.x[p] = self.noise([row])[0]
+        sequence = self.sequences[p]
+        self.say(sequence, everything=True)
+        sequence.step, sequence.said = 0, 0
+        self.x[p] = self.noise([sequence])[0]
         if self.on_step:
-            self.on_step(row.number, 0, self.x[p])
+            self.on_step(sequence.number, 0, self.x[p])
 
     def image_step(self):
-        """One denoising step for each row in image mode; for those that have made them all, the call that leaves the clean
+        """One denoising step for each sequence in image mode; for those that have made them all, the call that leaves the clean
         picture's keys and values."""
         places = self.places(drawing=True)
         if not places:
             return
-        step = np.array([self.rows[p].step for p in places])
+        step = np.array([self.sequences[p].step for p in places])
         t, going_on = self.timesteps[step], step < self.steps
-        guided = self.branches == 2 and going_on.any()
-        branches = 2 if guided else 1
-        rows, starts = self.cache_rows(places, branches), [(self.rows[p].position, 2)[branch] for p in places for branch in range(branches)]
-        positions, mask = self.place(rows, starts, self.n_patches)
-        if self.compiled and len(rows) < self.cache.k.shape[1]:
+        branches = self.branches if going_on.any() else 1  # a clean picture needs no guidance
+        cache_rows = self.cache_rows(places, branches)
+        starts = [(self.sequences[p].position, 2)[branch] for p in places for branch in range(branches)]  # 2: after <BOS> <BOI>
+        positions, mask = self.reserve(cache_rows, starts, self.n_patches)
+        if self.compiled and len(cache_rows) < self.cache.k.shape[1]:
             self.cache.rows = self.cache.row_index[:, 0]  # a slice would be compiled in, and every other one compiled again
         x_t = self.x[places].repeat_interleave(branches, 0)
         prediction = self.denoise(x_t, torch.tensor(t, device=self.device).repeat_interleave(branches), positions, mask)
-        if guided:
+        if branches == 2:
             prediction = guide(prediction[0::2], prediction[1::2], self.guidance_scale)
         if going_on.any():
             going, step, t = [p for p, on in zip(places, going_on) if on], step[going_on], t[going_on]
-            noise = self.noise([self.rows[p] for p in going]) if self.noisy else None
+            noise = self.noise([self.sequences[p] for p in going]) if self.noisy else None
             t_before = np.where(step > 0, self.timesteps[step - 1], 0)
             self.x[going], self.x_0[going] = self.trained.ddpm.step(
                 self.sampler, prediction[going_on], self.x[going], t, self.timesteps[step + 1], noise, self.eta, t_before, self.x_0[going]
@@ -306,18 +310,18 @@ class Decoder:
             self.advance(p)
 
     def advance(self, p):
-        """Note that a row has made a denoising step, or left its clean picture behind."""
-        row = self.rows[p]
-        row.step += 1
-        if row.step > self.steps:
-            row.position += self.n_patches
-            row.step, row.after_image = None, True
+        """Note that a sequence has made a denoising step, or left its clean picture behind."""
+        sequence = self.sequences[p]
+        sequence.step += 1
+        if sequence.step > self.steps:
+            sequence.position += self.n_patches
+            sequence.step, sequence.after_image = None, True
             return
         if self.on_step:
-            self.on_step(row.number, row.step, self.x[p])
-        if row.step == self.steps:
-            row.new.append(self.x[p].clone())
-            if row.tokens_left <= 0 or row.position + self.n_patches >= self.limit:  # nothing follows that could see it
+            self.on_step(sequence.number, sequence.step, self.x[p])
+        if sequence.step == self.steps:
+            sequence.new.append(self.x[p].clone())
+            if sequence.tokens_left <= 0 or sequence.position + self.n_patches >= self.limit:  # nothing follows that could see it
                 self.finish(p)
 
     def denoise(self, *inputs):
@@ -330,14 +334,14 @@ class Decoder:
         return denoise(self.model, self.cache, *inputs)
 
 
-class CodeDecoder(Decoder):
-    """The same for a discrete model. A step of a row in image mode samples one code, with guidance on the logits: it runs the token
+class CodeEngine(Engine):
+    """The same for a discrete model. A step of a sequence in image mode samples one code, with guidance on the logits: it runs the token
     before it, first <BOI>. After the last, one more call leaves that code's keys and values behind."""
 
-    def __init__(self, trained, places, *args, code_temperature, code_top_p, **options):
-        super().__init__(trained, places, *args, **options)
+    def __init__(self, trained, n_places, *args, code_temperature, code_top_p, **options):
+        super().__init__(trained, n_places, *args, **options)
         self.code_temperature, self.code_top_p = code_temperature, code_top_p
-        self.x = torch.zeros(places, self.n_patches, dtype=torch.long, device=self.device)  # the codes
+        self.x = torch.zeros(n_places, self.n_patches, dtype=torch.long, device=self.device)  # the codes
 
     def embed_prompts(self, batch):
         if len(batch.images):
@@ -345,25 +349,25 @@ class CodeDecoder(Decoder):
                 batch = fill_codes(batch, self.tokenizer.vocab_size + self.trained.vae.codes(batch.images))
         return self.model.embedding(batch.tokens)
 
-    def noise(self, rows):
+    def noise(self, sequences):
         """What images begin with: the commonest code everywhere. Only who watches them come about sees it."""
-        return self.trained.vae.codebook.counts.argmax().expand(len(rows), self.n_patches)
+        return self.trained.vae.codebook.counts.argmax().expand(len(sequences), self.n_patches)
 
     def image_step(self):
         places = self.places(drawing=True)
         if not places:
             return
-        step = torch.tensor([self.rows[p].step for p in places], device=self.device)
-        starts = [(self.rows[p].position, 2)[branch] + self.rows[p].step - 1 for p in places for branch in range(self.branches)]
+        step = torch.tensor([self.sequences[p].step for p in places], device=self.device)
+        starts = [(self.sequences[p].position, 2)[branch] + self.sequences[p].step - 1 for p in places for branch in range(self.branches)]
         tokens = torch.where(step > 0, self.tokenizer.vocab_size + self.x[places, step - 1], self.tokenizer.boi)
         h = self.run(self.model.embedding(tokens.repeat_interleave(self.branches))[:, None], self.cache_rows(places, self.branches), starts)
         logits = self.model.head(h[:, 0]).float()[:, self.tokenizer.vocab_size :]
         if self.branches == 2:
             logits = guide(logits[0::2], logits[1::2], self.guidance_scale)
-        going_on = [n for n, p in enumerate(places) if self.rows[p].step < self.steps]
+        going_on = [n for n, p in enumerate(places) if self.sequences[p].step < self.steps]
         if going_on:
             going = [places[n] for n in going_on]
-            u = torch.stack([torch.rand((), generator=self.rows[p].generator) for p in going]).to(self.device)
+            u = torch.stack([torch.rand((), generator=self.sequences[p].generator) for p in going]).to(self.device)
             self.x[going, step[going_on]] = pick_tokens(logits[going_on], torch.full_like(u, self.code_temperature), u, top_p=self.code_top_p)
         for p in places:
             self.advance(p)
@@ -377,8 +381,8 @@ def denoise(model, cache, x, t, positions, mask):
 
 @cache
 def compiled_denoise():
-    """One compilation for all numbers of rows and lengths of prefixes, which are symbols in it: rows end and prefixes differ, and with
-    static shapes each pair of numbers would be compiled anew."""
+    """One compilation for all numbers of cache rows and lengths of prefixes, which are symbols in it: sequences end and prefixes
+    differ, and with static shapes each pair of numbers would be compiled anew."""
     return torch.compile(denoise, dynamic=True)
 
 
@@ -409,7 +413,7 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
              top_k=0, top_p=1.0, code_temperature=None, code_top_p=None, max_tokens=256, max_images=1, max_batch=64, on_text=None, on_step=None):  # fmt: skip
     """Continue documents, each a list of strings and PIL images ([] = from nothing) -> list of documents, prompts included.
 
-    seeds: one per document (default 0, 1, ...); a row's output depends on its own seed and prompt only
+    seeds: one per document (default 0, 1, ...); a document's output depends on its own seed and prompt only
     draw: a document that ends in text goes on with an image at once; False lets the model decide when to draw
     steps, sampler, guidance_scale: of the denoising; default: as in the training run. eta: of DDIM, 0 = no added noise
     temperature: 0 = greedy; default: 0 after a prompt, 1 from nothing. top_k, top_p: as in `pick_tokens`
@@ -435,7 +439,7 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
             raise ValueError(f"{name} is {value}; it must be above 0 and at most 1")
     if not isinstance(documents, (list, tuple)) or not all(isinstance(document, list) for document in documents):
         raise ValueError('documents must be lists of strings and PIL images in a list, as in [["a red circle"], [image, "make it blue"], []]')
-    seeds, rows = list(range(len(documents)) if seeds is None else seeds), []
+    seeds, sequences = list(range(len(documents)) if seeds is None else seeds), []
     if len(seeds) != len(documents):
         raise ValueError(f"there are {len(seeds)} seeds for {len(documents)} documents; give one for each")
     for document, seed in zip(documents, seeds, strict=True):
@@ -444,25 +448,25 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
         if drawing and max_images < 1:
             raise ValueError("max_images is 0, but a document that ends in text is drawn at once; draw=False (--free) lets the model go on with text")
         generator, position = torch.Generator().manual_seed(seed), document_length(prompt, n_patches)
-        rows.append(Row(len(rows), prompt, generator, temper, max_tokens, max_images - drawing, position, step=0 if drawing else None))
+        sequences.append(Sequence(len(sequences), prompt, generator, temper, max_tokens, max_images - drawing, position, step=0 if drawing else None))
         limit = config["data"]["seq_len"] - (n_patches + 1 if drawing else 0)
         if position > limit:
             raise ValueError(f"the prompt takes {position} positions; at most {limit} fit the model's sequences of {config['data']['seq_len']}")
-    waiting = deque(row for row in rows if row.tokens_left > 0 or row.step == 0)
-    slots = max((row.position + max(0, max_tokens) + max(1, max_images) * (n_patches + 2) for row in waiting), default=0)
+    waiting = deque(sequence for sequence in sequences if sequence.tokens_left > 0 or sequence.step == 0)
+    cache_length = max((sequence.position + max_tokens + max(1, max_images) * (n_patches + 2) for sequence in waiting), default=0)
     options = dict(steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, on_text=on_text, on_step=on_step)
-    kind, device = Decoder, next(trained.model.parameters()).device
+    kind, device = Engine, next(trained.model.parameters()).device
     if trained.model.config.images == "discrete":
         given = dict(code_temperature=code_temperature, code_top_p=code_top_p)
-        kind, options = CodeDecoder, options | {"steps": n_patches} | {name: config[name] if value is None else value for name, value in given.items()}
+        kind, options = CodeEngine, options | {"steps": n_patches} | {name: config[name] if value is None else value for name, value in given.items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        decoder = kind(trained, min(max_batch, max(1, len(waiting))), min(slots, config["data"]["seq_len"]), max_images * len(waiting), **options)
-        while waiting or any(decoder.rows):
+        engine = kind(trained, min(max_batch, max(1, len(waiting))), min(cache_length, config["data"]["seq_len"]), max_images * len(waiting), **options)
+        while waiting or any(engine.sequences):
             for _ in range(TEXT_CALLS):
-                decoder.admit(waiting)
-                decoder.text_step()
-            decoder.image_step()
-    return [document + to_document(row.new, trained) for document, row in zip(documents, rows)]
+                engine.admit(waiting)
+                engine.text_step()
+            engine.image_step()
+    return [document + to_document(sequence.new, trained) for document, sequence in zip(documents, sequences)]
 
 
 def to_segments(document, trained, draw):

@@ -391,7 +391,7 @@ def sharing(quick, device):
 
     def run(calls):
         sample.TEXT_CALLS = calls
-        counts, ends, originals = {"text": 0, "image": 0}, [], (sample.denoise, sample.Decoder.sample_tokens, sample.Decoder.finish)
+        counts, ends, originals = {"text": 0, "image": 0}, [], (sample.denoise, sample.Engine.sample_tokens, sample.Engine.finish)
 
         def counted(kind, function):
             def wrapped(*args, **kwargs):
@@ -401,13 +401,13 @@ def sharing(quick, device):
             return wrapped
 
         began = time.perf_counter()
-        sample.denoise, sample.Decoder.sample_tokens = counted("image", originals[0]), counted("text", originals[1])
-        sample.Decoder.finish = lambda self, p: (ends.append(time.perf_counter() - began), originals[2](self, p))
+        sample.denoise, sample.Engine.sample_tokens = counted("image", originals[0]), counted("text", originals[1])
+        sample.Engine.finish = lambda self, p: (ends.append(time.perf_counter() - began), originals[2](self, p))
         try:
             generate(trained, documents, draw=False, temperature=1.0, max_tokens=60, max_images=2, max_batch=4 if quick else 16, steps=12,
                      sampler="ddim", guidance_scale=3.0)  # fmt: skip
         finally:
-            sample.denoise, sample.Decoder.sample_tokens, sample.Decoder.finish = originals
+            sample.denoise, sample.Engine.sample_tokens, sample.Engine.finish = originals
         finished.setdefault(calls, []).append(statistics.mean(ends))
         made[calls] = counts
 

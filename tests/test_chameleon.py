@@ -156,7 +156,7 @@ def mixture(seed, n):
     dict(temperature=0.0, code_temperature=0.0, guidance_scale=0.0, max_batch=2),
 ], ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()))  # fmt: skip
 def test_cached_batch_equals_recomputation(talker, options):
-    """Rows in both modes at once, more documents than places, prompts with pictures; so no row depends on its neighbours, either."""
+    """Sequences in both modes at once, more documents than places, prompts with pictures; so none depends on its neighbours, either."""
     trained, documents, options = tiny_trained(talker), mixture(len(options), 10), dict(temperature=1.0) | options
     found = generated(trained, documents, range(10), max_tokens=12, max_images=2, **options)
     del options["max_batch"]

@@ -128,7 +128,7 @@ DOCUMENTS = [["a red dot"], [image(1)], [], ["ab", image(2), "make it abcdefghij
     dict(draw=False, temperature=0.0), dict(draw=True, temperature=0.7, sampler="ddim", guidance_scale=0.0),
 ], ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()))  # fmt: skip
 def test_cached_batch_equals_recomputation(talker, options):
-    """Text and images, prompts of different lengths and kinds, rows that draw at different times, with and without guidance."""
+    """Text and images, prompts of different lengths and kinds, sequences that draw at different times, with and without guidance."""
     assert_equals_recomputation(talker, options)
 
 
@@ -145,7 +145,7 @@ def assert_equals_recomputation(talker, options):
 
 @pytest.mark.parametrize("options", [dict(guidance_scale=3.0), dict(draw=False), dict(guidance_scale=2.0, sampler="dpm++", max_batch=2)], ids=str)
 def test_images_that_are_read_causally_too(talker, options):
-    """--image_attention causal: a step needs a mask, for the rows and their guidance branches."""
+    """--image_attention causal: a step needs a mask, for the sequences and their guidance branches."""
     model, options = tiny_model(image_attention="causal"), dict(temperature=1.0) | options
     model.load_state_dict(talker.state_dict())
     found = generated(tiny_trained(model), DOCUMENTS, range(10, 17), max_tokens=12, max_images=2, **options)
@@ -176,7 +176,7 @@ def mixture(seed, n):
     dict(sampler="ddim", eta=0.6, draw=False, max_batch=5), dict(sampler="dpm++", temperature=0.0, max_batch=10),
 ], ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()))  # fmt: skip
 def test_random_mixtures_equal_recomputation(talker, options):
-    """More documents than places: freed ones are filled again, beside rows that are in the middle of a text or picture."""
+    """More documents than places: freed ones are filled again, beside sequences that are in the middle of a text or picture."""
     options = dict(temperature=1.0) | options
     documents, trained = mixture(len(options), 10), tiny_trained(talker)
     found = generated(trained, documents, range(10), max_tokens=8, max_images=2, **options)
@@ -186,7 +186,7 @@ def test_random_mixtures_equal_recomputation(talker, options):
 
 
 @pytest.mark.parametrize("guidance_scale, calls", [(1.0, 1), (3.0, 8), (3.0, 1000)])
-def test_a_row_does_not_depend_on_its_neighbours(talker, monkeypatch, guidance_scale, calls):
+def test_a_sequence_does_not_depend_on_its_neighbours(talker, monkeypatch, guidance_scale, calls):
     """Nor on how the calls are shared out between the modes."""
     documents, options = mixture(7, 8), dict(temperature=1.0, max_tokens=12, max_images=2, guidance_scale=guidance_scale, sampler="dpm++")
     monkeypatch.setattr(sample, "TEXT_CALLS", calls)
@@ -236,7 +236,7 @@ def test_a_denoising_step_runs_the_patches_alone(talker, monkeypatch):
 
 
 def test_guidance_shares_the_call_and_hides_unused_slots(talker, monkeypatch):
-    """Rows and their guidance branches in one call; where prefixes differ, a mask of (row, slot) alone."""
+    """Sequences and their guidance branches in one call; where prefixes differ, a mask of (cache row, slot) alone."""
     calls, _, _ = trunk_calls(tiny_trained(talker), monkeypatch, [["a red dot"], ["a dot"]], max_tokens=0, steps=5, guidance_scale=3.0)
     assert [call[:2] for call in calls] == [(2, 2), (2, 11)] + [(4, 16)] * 5
     for *_, mask in calls[2:]:
@@ -290,7 +290,7 @@ def test_without_a_compiler_it_goes_on(talker, monkeypatch):
     trained, documents, options = tiny_trained(talker), [["a dot"], ["b"]], dict(max_tokens=0, guidance_scale=2.0)
     expected = generated(trained, documents, [0, 1], **options)
     monkeypatch.setattr(sample, "compiled_denoise", broken)
-    monkeypatch.setattr(sample.Decoder, "compiles", lambda *_: True)
+    monkeypatch.setattr(sample.Engine, "compiles", lambda *_: True)
     with pytest.warns(UserWarning, match="without torch.compile"):
         for a, b in zip(generated(trained, documents, [0, 1], **options), expected):
             same(a, b)
@@ -299,12 +299,12 @@ def test_without_a_compiler_it_goes_on(talker, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_equals_eager(talker, monkeypatch):
-    """And one compilation serves different numbers of rows and lengths of prefixes."""
+    """And one compilation serves different numbers of cache rows and lengths of prefixes."""
     compiles = torch._dynamo.utils.counters["stats"]
     trained, options = tiny_trained(talker), dict(max_tokens=0, guidance_scale=2.0)
     batches = [["ab"] * 2, ["ab", "abc"], ["abcde", "a", "abc"], ["abcd"] * 5]
     expected = [generated(trained, [[text] for text in batch], range(len(batch)), **options) for batch in batches]
-    monkeypatch.setattr(sample.Decoder, "compiles", lambda *_: True)
+    monkeypatch.setattr(sample.Engine, "compiles", lambda *_: True)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "going on without")
         for n, (batch, rows) in enumerate(zip(batches, expected)):
@@ -412,13 +412,13 @@ def test_documents_of_another_kind_are_refused(talker, documents, message):
 
 def test_a_character_is_reported_whole():
     said = []
-    decoder = SimpleNamespace(tokenizer=T, on_text=lambda row, piece: said.append(piece))
-    row = sample.Row(0, [], None, 0.0, 0, 0, 0)
+    engine = SimpleNamespace(tokenizer=T, on_text=lambda number, piece: said.append(piece))
+    sequence = sample.Sequence(0, [], None, 0.0, 0, 0, 0)
     for token in "né".encode():
-        row.new.append(token)
-        sample.Decoder.say(decoder, row)
-    row.new.append(0xFF)
-    sample.Decoder.say(decoder, row, everything=True)
+        sequence.new.append(token)
+        sample.Engine.say(engine, sequence)
+    sequence.new.append(0xFF)
+    sample.Engine.say(engine, sequence, everything=True)
     assert said == ["n", "é", "\ufffd"]
 
 
