@@ -425,40 +425,17 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
     Raises ValueError for an empty prompt, one too long for the sequences that the model was trained on, or an argument of another kind or out
     of range.
     """
-    config, n_patches = trained.config, trained.model.config.n_patches
-    steps, sampler = config["steps"] if steps is None else steps, sampler or config["sampler"]
-    guidance_scale = config["guidance_scale"] if guidance_scale is None else guidance_scale
-    for name, value, least in (("temperature", temperature or 0, 0), ("code_temperature", code_temperature or 0, 0), ("top_k", top_k, 0),
-                               ("max_tokens", max_tokens, 0), ("max_images", max_images, 0), ("max_batch", max_batch, 1)):  # fmt: skip
-        if not least <= value < math.inf:
-            raise ValueError(f"{name} is {value}; it must be at least {least}, and finite")
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite")
-    for name, value in (("top_p", top_p), ("code_top_p", 1.0 if code_top_p is None else code_top_p)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} is {value}; it must be above 0 and at most 1")
-    if not isinstance(documents, (list, tuple)) or not all(isinstance(document, list) for document in documents):
-        raise ValueError('documents must be lists of strings and PIL images in a list, as in [["a red circle"], [image, "make it blue"], []]')
-    seeds, sequences = list(range(len(documents)) if seeds is None else seeds), []
-    if len(seeds) != len(documents):
-        raise ValueError(f"there are {len(seeds)} seeds for {len(documents)} documents; give one for each")
-    for document, seed in zip(documents, seeds, strict=True):
-        prompt, temper = to_segments(document, trained, draw), (0.0 if document else 1.0) if temperature is None else temperature
-        drawing = bool(prompt) and prompt[-1] == [trained.tokenizer.boi]
-        if drawing and max_images < 1:
-            raise ValueError("max_images is 0, but a document that ends in text is drawn at once; draw=False (--free) lets the model go on with text")
-        generator, position = torch.Generator().manual_seed(seed), document_length(prompt, n_patches)
-        sequences.append(Sequence(len(sequences), prompt, generator, temper, max_tokens, max_images - drawing, position, step=0 if drawing else None))
-        limit = config["data"]["seq_len"] - (n_patches + 1 if drawing else 0)
-        if position > limit:
-            raise ValueError(f"the prompt takes {position} positions; at most {limit} fit the model's sequences of {config['data']['seq_len']}")
+    config, c, device = trained.config, trained.model.config, next(trained.model.parameters()).device
+    kind, options = Engine, dict(steps=steps, sampler=sampler, guidance_scale=guidance_scale)
+    if c.images == "discrete":
+        kind, options = CodeEngine, options | dict(steps=c.n_patches, code_temperature=code_temperature, code_top_p=code_top_p)
+    options = {name: config[name] if value is None else value for name, value in options.items()}
+    check_numbers(options["guidance_scale"], top_p, code_top_p, max_batch, temperature=temperature, code_temperature=code_temperature,
+                  top_k=top_k, max_tokens=max_tokens, max_images=max_images)  # fmt: skip
+    options |= dict(eta=eta, top_k=top_k, top_p=top_p, on_text=on_text, on_step=on_step)
+    sequences = to_sequences(documents, seeds, trained, draw, temperature, max_tokens, max_images)
     waiting = deque(sequence for sequence in sequences if sequence.tokens_left > 0 or sequence.step == 0)
-    cache_length = max((sequence.position + max_tokens + max(1, max_images) * (n_patches + 2) for sequence in waiting), default=0)
-    options = dict(steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, on_text=on_text, on_step=on_step)
-    kind, device = Engine, next(trained.model.parameters()).device
-    if trained.model.config.images == "discrete":
-        given = dict(code_temperature=code_temperature, code_top_p=code_top_p)
-        kind, options = CodeEngine, options | {"steps": n_patches} | {name: config[name] if value is None else value for name, value in given.items()}
+    cache_length = max((sequence.position + max_tokens + max(1, max_images) * (c.n_patches + 2) for sequence in waiting), default=0)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         engine = kind(trained, min(max_batch, max(1, len(waiting))), min(cache_length, config["data"]["seq_len"]), max_images * len(waiting), **options)
         while waiting or any(engine.sequences):
@@ -467,6 +444,39 @@ def generate(trained, documents, seeds=None, *, draw=True, steps=None, sampler=N
                 engine.text_step()
             engine.image_step()
     return [document + to_document(sequence.new, trained) for document, sequence in zip(documents, sequences)]
+
+
+def check_numbers(guidance_scale, top_p, code_top_p, max_batch, **not_negative):
+    """Raises ValueError if one of these arguments of `generate` is out of range. None, which stands for a default, is not."""
+    for name, value, least in (*((name, value, 0) for name, value in not_negative.items()), ("max_batch", max_batch, 1)):
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be at least {least}, and finite")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite")
+    for name, value in (("top_p", top_p), ("code_top_p", code_top_p)):
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{name} is {value}; it must be above 0 and at most 1")
+
+
+def to_sequences(documents, seeds, trained, draw, temperature, max_tokens, max_images):
+    """The Sequence of each document, with `generate`'s arguments. Raises ValueError for a document that it cannot continue."""
+    if not isinstance(documents, (list, tuple)) or not all(isinstance(document, list) for document in documents):
+        raise ValueError('documents must be lists of strings and PIL images in a list, as in [["a red circle"], [image, "make it blue"], []]')
+    seeds, sequences = list(range(len(documents)) if seeds is None else seeds), []
+    if len(seeds) != len(documents):
+        raise ValueError(f"there are {len(seeds)} seeds for {len(documents)} documents; give one for each")
+    seq_len, n_patches = trained.config["data"]["seq_len"], trained.model.config.n_patches
+    for document, seed in zip(documents, seeds):
+        prompt = to_segments(document, trained, draw)
+        drawing, position = bool(prompt) and prompt[-1] == [trained.tokenizer.boi], document_length(prompt, n_patches)
+        if drawing and max_images < 1:
+            raise ValueError("max_images is 0, but a document that ends in text is drawn at once; draw=False (--free) lets the model go on with text")
+        limit = seq_len - (n_patches + 1 if drawing else 0)
+        if position > limit:
+            raise ValueError(f"the prompt takes {position} positions; at most {limit} fit the model's sequences of {seq_len}")
+        generator, temper = torch.Generator().manual_seed(seed), (0.0 if document else 1.0) if temperature is None else temperature
+        sequences.append(Sequence(len(sequences), prompt, generator, temper, max_tokens, max_images - drawing, position, step=0 if drawing else None))
+    return sequences
 
 
 def to_segments(document, trained, draw):
