@@ -715,16 +715,17 @@ def main(argv=None):
     documents = [prompt for prompt in prompts for _ in range(num)]
     seeds = [args.seed + n for _ in prompts for n in range(num)]
     drawing = bool(texts) and not args.free
-    discrete = trained.model.config.images == "discrete"
+    discrete, n_patches = trained.model.config.images == "discrete", trained.model.config.n_patches
     if discrete and args.steps is not None:
-        raise ValueError(f"--steps is {args.steps}, but a discrete model has no denoising steps: it samples an image's {trained.model.config.n_patches} codes one by one")
+        raise ValueError(f"--steps is {args.steps}, but a discrete model has no denoising steps: it samples an image's {n_patches} codes one by one")
     of_run = ["code_temperature", "code_top_p", "guidance_scale"] if discrete else ["steps", "sampler", "guidance_scale"]
     settings = {name: trained.config[name] if getattr(args, name) is None else getattr(args, name) for name in of_run}
     settings |= {name: getattr(args, name) for name in ("eta", "top_k", "top_p")}
     settings["temperature"] = (0.0 if texts or image else 1.0) if args.temperature is None else args.temperature
     settings["max_images"] = max_images = (0 if image and not texts else 1) if args.max_images is None else args.max_images
     settings["max_tokens"] = 0 if drawing and max_images == 1 else args.max_tokens
-    terminal = Terminal(trained.model.config.n_patches if discrete else settings["steps"], args.gif, " ".join(["0:", *texts, ""]) if len(documents) == 1 else None)
+    prefix = " ".join(["0:", *texts, ""]) if len(documents) == 1 else None
+    terminal = Terminal(n_patches if discrete else settings["steps"], args.gif, prefix)
     results = generate(
         trained, documents, seeds, **settings, draw=drawing, max_batch=args.max_batch, on_text=terminal.on_text, on_step=terminal.on_step
     )
