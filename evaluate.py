@@ -555,6 +555,8 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, help="denoising steps (default: the preset's)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="(default: the preset's)")
     parser.add_argument("--guidance_scale", type=float, help="1 = none (default: the preset's)")
+    parser.add_argument("--code_temperature", type=float, help="of a discrete model's images, 0 = the likeliest codes (default: the preset's)")
+    parser.add_argument("--code_top_p", type=float, help="of a discrete model's images (default: the preset's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--text", metavar="FILE", help="also measure the perplexity of this held-out text, .txt or .jsonl")
     parser.add_argument("--inception", metavar="FILE", default="", help="weights of FID's network: also measure FID")
@@ -570,7 +572,12 @@ def main(argv=None):
         if Path(args.json).is_dir():
             raise ValueError(f"--json {args.json}: is a folder; name a file")
     trained = load(args.ckpt or newest_checkpoint(), pick_device(args.device))
-    trained.config.update({name: getattr(args, name) for name in ("steps", "sampler", "guidance_scale") if getattr(args, name) is not None})
+    discrete, of_diffusion, of_codes = trained.model.config.images == "discrete", ("steps", "sampler"), ("code_temperature", "code_top_p")
+    given = {name: getattr(args, name) for name in (*of_diffusion, *of_codes, "guidance_scale") if getattr(args, name) is not None}
+    for name in of_diffusion if discrete else of_codes:
+        if name in given:
+            raise ValueError(f"--{name}: this model's images are {'discrete' if discrete else 'continuous'}; leave it out")
+    trained.config.update(given)
     scores = evaluate(trained, args.judged, args.seed, lambda splits: tqdm(splits, desc="evaluate"), args.inception, args.clip)
     if args.text:
         scores["text"] = {"path": args.text} | dict(zip(("perplexity_per_token", "perplexity_per_byte"), perplexity(trained, read_texts(args.text))))
