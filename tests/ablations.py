@@ -56,7 +56,7 @@ TABLES = {
         "linear, 8x8": "--config small --patch_size 8",
         "U-Net, 2x2": f"{PAPER} --patch_encoder unet",
         "U-Net, 4x4": "--config small --patch_size 4 --patch_encoder unet",
-        "U-Net, 8x8": "--config small --patch_size 8 --patch_encoder unet --unet_channels 128",  # 64 numbers do not hold a whole picture
+        "U-Net, 8x8": "--config small --patch_size 8 --patch_encoder unet",
     },
     "noise": {  # drawn as the preset does, more often high than low, and uniformly, as in the paper
         "t <= 1000": f"{PAPER} --image_first_max_t 1000",
