@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import re
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,7 +31,7 @@ from attention_mask import transfusion_mask
 from data import (BACKGROUNDS, COLOURS, GRAMMARS, NO_LOSS, PLACES, RELATIONS, DataConfig, Found, Pairs, Scenes, collate, fitting, open_pairs,
                   read_jsonl, read_txt, readable, sprite, to_pixels)  # fmt: skip
 from diffusion import SAMPLERS
-from sample import Parser, check_folder, generate, load, newest_checkpoint, pick_device
+from sample import Parser, check_folder, generate, load, newest_checkpoint, pick_device, report_errors
 from vae import load_checkpoint
 
 ASPECTS = ("all", "number", "colours", "shapes", "relation")
@@ -588,9 +587,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    report_errors(main)

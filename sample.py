@@ -36,6 +36,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -598,6 +599,22 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
+def report_errors(work, stopped=""):
+    """Run `work()`; turn what a person can mend into one sentence and a non-zero exit code, and Ctrl-C into 130 and the sentence `stopped`.
+    Under torchrun the first process of a node speaks for all."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        work()
+    except KeyboardInterrupt:
+        if first and stopped:
+            print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not first:
+            time.sleep(5)  # what all processes find wrong, the first says, and torchrun then ends the others
+        sys.exit(f"error: {error}")
+
+
 def pick_device(name):
     """The torch device of a --device option; auto = the best there is. Raises ValueError if there is no such device."""
     if name == "auto":
@@ -772,9 +789,4 @@ def show(trained, results, documents, out, terminal, settings):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    report_errors(main)

@@ -52,7 +52,7 @@ from data import NO_LOSS, DataConfig, Documents, Loader, Skipped, Stream, fill_c
 from diffusion import DDPM, SAMPLERS, DiffusionConfig
 from evaluate import evaluate, format_scores, tell
 from model import SIZES, Transfusion, TransfusionConfig, freeze_text, inspect_llama, load_llama, mean_context, peak_flops, training_flops
-from sample import Parser, Trained, captioned, contact_sheet, generate, load, pick_device
+from sample import Parser, Trained, captioned, contact_sheet, generate, load, pick_device, report_errors
 from vae import VAE, VAEConfig, fingerprint, load_checkpoint, load_vae, measure_statistics, read_json, save_checkpoint, train_vae
 
 
@@ -400,6 +400,9 @@ def make_optimizers(model, config, undecayed=()):
     if by_muon:
         optimizers.append(torch.optim.Muon(by_muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+STOPPED = "stopped. Training that had begun was saved: the same command with --resume goes on from there"
 
 
 class Interrupt:
@@ -885,20 +888,5 @@ def train(config, resume=False):
     return run
 
 
-def report_errors(work):
-    """Run `work()`; turn what a person can mend into one sentence and a non-zero exit code, and Ctrl-C into 130."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        work()
-    except KeyboardInterrupt:
-        if first:
-            print("\nstopped. Training that had begun was saved: the same command with --resume goes on from there", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if not first:
-            time.sleep(5)  # what all processes find wrong, the first says, and torchrun then ends the others
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    report_errors(lambda: train(*parse()))
+    report_errors(lambda: train(*parse()), STOPPED)

@@ -671,8 +671,8 @@ if __name__ == "__main__":
     from PIL import Image
 
     from data import open_pairs, readable, to_pixels
-    from sample import pick_device
-    from train import prepare_vae, read_options, report_errors
+    from sample import pick_device, report_errors
+    from train import STOPPED, prepare_vae, read_options
 
     def demo():
         config, args = read_options(description="Train the VAE of a preset alone and write reconstructions.", encode="FOLDER: write the latents of --data there, for train.py --latents")
@@ -695,4 +695,4 @@ if __name__ == "__main__":
         Image.fromarray(((torch.cat(rows, dim=1) + 1) * 127.5).byte().movedim(0, -1).cpu().numpy()).save(Path(config.out) / "reconstructions.png")
         print(f"wrote {config.out}/reconstructions.png: pictures above, reconstructions below")
 
-    report_errors(demo)
+    report_errors(demo, STOPPED)

@@ -14,11 +14,12 @@ import torch
 from conftest import TINY, flags, run_here, run_script
 from PIL import Image
 
+import sample
 import train as recipe
 from data import Scenes
 from model import SIZES
-from sample import load
-from train import PRESETS, Config, Run, build, learning_rate, options, parse, report_errors
+from sample import load, report_errors
+from train import PRESETS, Config, Run, build, learning_rate, options, parse
 from vae import load_checkpoint, load_vae, save_checkpoint
 
 
@@ -117,7 +118,7 @@ def test_ctrl_c_saves_and_resume_ends_where_a_straight_run_does(trained_vae, tmp
     step = Run.train_step
     monkeypatch.setattr(Run, "train_step", lambda run: (os.kill(os.getpid(), signal.SIGINT) if run.step == 2 else None, step(run))[1])
     with pytest.raises(SystemExit) as stop:
-        report_errors(lambda: recipe.train(config_of(tmp_path / "stopped", **change)))
+        report_errors(lambda: recipe.train(config_of(tmp_path / "stopped", **change)), recipe.STOPPED)
     assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "stopped/checkpoint.pt")["step"] == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is Ctrl-C again
@@ -140,7 +141,7 @@ def test_ctrl_c_while_the_vae_trains(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Scenes, "pair", pair_and_press)
     with pytest.raises(SystemExit) as stop:
-        report_errors(lambda: recipe.train(config_of(tmp_path / "stopped", **change)))
+        report_errors(lambda: recipe.train(config_of(tmp_path / "stopped", **change)), recipe.STOPPED)
     assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
     state = load_checkpoint(tmp_path / "stopped/vae.pt")
     assert 0 < state["step"] < 6 and not state.get("done")
@@ -394,7 +395,7 @@ def test_a_length_that_flex_attention_does_not_take_is_said(tmp_path, monkeypatc
 def test_one_process_speaks_for_all(monkeypatch, capsys):
     """Under torchrun: of an interrupt only the first process of a node; of an error, another one only if it is still there a while later."""
     slept = []
-    monkeypatch.setattr(recipe, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(sample, "time", SimpleNamespace(sleep=slept.append))
 
     def interrupted():
         raise KeyboardInterrupt
@@ -402,7 +403,7 @@ def test_one_process_speaks_for_all(monkeypatch, capsys):
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit):
-            report_errors(interrupted)
+            report_errors(interrupted, recipe.STOPPED)
         assert capsys.readouterr().err.count("stopped") == lines
         with pytest.raises(SystemExit, match="error: "):
             report_errors(lambda: Config(lr=-1))
