@@ -238,7 +238,7 @@ class Engine:
         """The next token of each of these sequences. <EOI> is inserted, <BOS>, padding and codes never occur, <BOI> only if an image is left."""
         t, sequences = self.tokenizer, [self.sequences[p] for p in places]
         logits = self.logits[places]
-        logits[:, [t.bos, t.eoi, t.pad, *range(t.vocab_size, logits.shape[1])]] = -torch.inf
+        logits[:, [t.bos, t.eoi, t.pad]] = logits[:, t.vocab_size :] = -torch.inf
         full = [sequence.images_left <= 0 or sequence.position + 1 + self.n_patches > self.limit for sequence in sequences]
         logits[torch.tensor(full, device=self.device), t.boi] = -torch.inf
         temperature = torch.tensor([sequence.temperature for sequence in sequences])
