@@ -2,9 +2,13 @@
 
 import json
 import time
+from dataclasses import asdict
 
 import ablations
 import pytest
+from conftest import run_script
+
+from vae import VAE, save_checkpoint
 
 FLOPS = {ablations.PAPER: 8e9, ablations.TRANSFUSION: 4e9}  # of a step; of all others 2e9
 
@@ -93,3 +97,17 @@ def test_the_figure_of_scaling(driver, tmp_path, capsys):
     steps = [int(words[words.index("--max_steps") + 1]) for words in calls if words[0] == "train.py"]
     assert len(steps) == 2 * 2 * 4 and set(steps) == {100, 200, 400}  # 200: the preset's Transfusion, whose step costs half of the yardstick's
     assert "| Chameleon, --dim 64 --n_layers 3 --n_heads 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_table_made_as_a_user_would(tmp_path):
+    """Nothing stubbed: four models of three steps or so, on untrained autoencoders."""
+    for variant in ablations.TABLES["models"].values():
+        words = ablations.autoencoder(variant)
+        config = ablations.parse(words)[0].autoencoder
+        save_checkpoint(tmp_path / ablations.name(words) / "vae.pt", {"vae_config": asdict(config), "step": config.steps, "vae": VAE(config).state_dict(), "done": True})
+    code, out, err = run_script("tests/ablations.py", "--tables", "models", "--steps", 3, "--judged", 2, "--seeds", 0, "--out", tmp_path, cwd=tmp_path)
+    assert code == 0, err
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith(("| Transfusion", "| Chameleon"))]
+    assert len(rows) == 4 and all(int(row[-2]) == 3 for row in rows)
+    assert "Sampling, 16 pictures" in out and out.count("autoencoder gives back rightly: seen") == 4
