@@ -183,7 +183,7 @@ PRESETS = {
     # patches, and the norms' places and z-loss are Chameleon's (RMSNorm on queries and keys where it has LayerNorm).
     "chameleon": SMALL | dict(
         model=SMALL["model"] | dict(images="discrete", post_norm=True), z_loss=1e-5,
-        lr=6e-3,  # draws more prompts right than 3e-3, 1.2e-2 or AdamW
+        lr=6e-3,  # draws more prompts right than 3e-3 and 1.2e-2
         data=SMALL["data"] | dict(seq_len=104, caption_first=0.6),  # drawing is the slow part here
         # departs (the VAE's shape): twice its downsampling, for 64 codes a picture are learned far more slowly than 16
         autoencoder=SMALL["autoencoder"] | dict(unshuffle=8, latent_channels=16, codebook=1024, batch=32),
