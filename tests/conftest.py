@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import zlib
@@ -33,6 +34,8 @@ from train import Config  # noqa: E402
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: several processes or whole commands, for minutes; left out unless asked for with -m slow")
     config.option.markexpr = config.option.markexpr or "not slow"
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the programs that they start and press it for.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ---- A tiny model ---------------------------------------------------------------------------------------------------

@@ -607,7 +607,10 @@ def test_ctrl_c_prints_no_traceback(tmp_path):
                                env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"})  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in err and err.count("\n") == 1, err  # that the folder is read once
 
 
