@@ -576,11 +576,11 @@ def html_page(documents, given):
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Transfusion</title><style>{style}</style><body>{"".join(parts)}</body></html>\n'
 
 
-def save_film(path, films, captions, trained, frames=40):
+def save_film(path, films, captions, trained, columns=None, frames=40):
     """The denoising as an animated GIF of contact sheets. films: for each picture, its latents x_t from noise to the end; or its codes."""
     steps = len(films[0]) - 1
     shown = sorted({round(n * steps / min(frames, steps)) for n in range(min(frames, steps) + 1)})
-    sheets = [contact_sheet([to_picture(film[n], trained) for film in films], captions) for n in shown]
+    sheets = [contact_sheet([to_picture(film[n], trained) for film in films], captions, columns) for n in shown]
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=[80] * (len(sheets) - 1) + [2000], loop=0)
 
 
@@ -756,11 +756,12 @@ def main(argv=None):
 def show(trained, results, documents, out, terminal, settings):
     """Print the documents' text, and write their pictures and what gathers them to the folder `out`. A picture's PNG holds the
     prompt, the whole document's text and the settings. What an earlier run left there and this one does not write is named."""
-    pictures, captions = [], []
+    pictures, captions, numbers = [], [], set()
     before = {path.name for path in out.glob("*") if re.fullmatch(r"\d{3,}(_\d+)?\.png|sheet\.png|film\.gif|page\.html", path.name)}
     for n, (document, prompt) in enumerate(zip(results, documents)):
         text = " ".join(part.strip() for part in document if isinstance(part, str)) or "(no text)"
         new = captioned(document)[len(captioned(prompt)) :]
+        numbers.add(len(new))
         paths = [out / (f"{n:03d}_{k}.png" if k else f"{n:03d}.png") for k in range(len(new))]
         print(("" if terminal.prefix == "" else f"{n}: {text}") + "".join(f"  [{path}]" for path in paths))
         for (picture, caption), path in zip(new, paths):
@@ -772,12 +773,13 @@ def show(trained, results, documents, out, terminal, settings):
             before.discard(path.name)
             pictures.append(picture)
             captions.append(caption or text)
+    columns = max(numbers) if len(numbers) == 1 < max(numbers) else None  # a row for each story
     if len(pictures) > 1:
-        contact_sheet(pictures, captions).save(out / "sheet.png")
+        contact_sheet(pictures, captions, columns).save(out / "sheet.png")
         before.discard("sheet.png")
         print(f"all of them: {out / 'sheet.png'}")
     if pictures and terminal.keep:
-        save_film(out / "film.gif", [film for n in sorted(terminal.films) for film in terminal.films[n]], captions, trained)
+        save_film(out / "film.gif", [film for n in sorted(terminal.films) for film in terminal.films[n]], captions, trained, columns)
         before.discard("film.gif")
         print(f"how they came about: {out / 'film.gif'}")
     if pictures and any(len(document) > 2 or len(document) - len(prompt) > 1 for document, prompt in zip(results, documents)):
