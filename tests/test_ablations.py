@@ -27,7 +27,7 @@ def driver(tmp_path, monkeypatch):
             return
         place = tmp_path / "cells" / (words[words.index("--out") + 1] if "--out" in words else words[1]).rsplit("/", 1)[1]
         judged, share = int(words[words.index("--judged") + 1]), 0.5 + 0.1 * int(place.name.split("-seed")[1][0])
-        found = {"prompts": {"all": share}, "captions": {"all": 1 - share}, }
+        found = {"prompts": {"all": share}, "captions": {"all": 1 - share}}
         never = {"prompts": {"all": share - 0.3}, "captions": {"all": 0.75}}
         (place / "scores.json").write_text(json.dumps({"judged": judged, "splits": {"held_out": found, "never_seen": never, "seen": {"perplexity_per_token": 3.0}}}))
         steps = int(place.name.split("steps-seed")[0].rsplit("-", 1)[1])
