@@ -60,7 +60,9 @@ def flex_mask(image_id, doc_id, causal=False):
     be a multiple of 128, and the same from batch to batch, so that what is compiled once serves them all."""
     create = compiled_create_block_mask() if image_id.is_cuda else create_block_mask
     batch, length = image_id.shape
-    return create(mask_rule(image_id, doc_id, causal), batch, None, length, length, device=image_id.device.type)
+    return create(
+        mask_rule(image_id, doc_id, causal), batch, None, length, length, device=image_id.device.type
+    )
 
 
 if __name__ == "__main__":
@@ -75,7 +77,9 @@ if __name__ == "__main__":
         print(f"{name:>4} " + " ".join("■" if allowed else "·" for allowed in row))
     picture = torch.full((*mask.shape, 3), 238, dtype=torch.uint8)
     picture[mask] = torch.tensor([60, 60, 70], dtype=torch.uint8)  # dark grey
-    picture[mask & (image_id[0] != TEXT)[:, None]] = torch.tensor([66, 120, 220], dtype=torch.uint8)  # rows of patches in blue
+    picture[mask & (image_id[0] != TEXT)[:, None]] = torch.tensor(
+        [66, 120, 220], dtype=torch.uint8
+    )  # rows of patches in blue
     cells = picture.repeat_interleave(24, 0).repeat_interleave(24, 1).numpy()
     cells[::24], cells[:, ::24] = 255, 255  # a white grid between the cells
     Image.fromarray(cells).save("attention_mask.png")

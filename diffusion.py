@@ -3,14 +3,16 @@
     q_sample (eq. 2)   x_t = alpha_t x_0 + sigma_t eps,   alpha_t = sqrt(abar_t),   sigma_t = sqrt(1 - abar_t)
     loss     (eq. 3)   || eps - eps_theta(x_t, t, c) ||^2
 
-Time runs as in the paper: t = 1..T are noisy, t = 0 is the clean image (abar_0 = 1), which is what an image that only
-conditions what follows is shown at. Exports `DiffusionConfig` and `DDPM`, which holds the schedule and does every step
-of arithmetic that involves it, in float32; SAMPLERS names the ways back from noise; `guide` is classifier-free guidance.
-Nothing here knows the network.
+Time runs as in the paper: t = 1..T is noisy, t = 0 is the clean image (abar_0 = 1). An image that only
+conditions what follows is shown at t = 0. Nothing here knows the network.
+
+Exports `DDPM`, which holds the schedule and does the arithmetic that involves it; `DiffusionConfig` and
+`SamplingConfig`; SAMPLERS, the ways back from noise; `guide`, classifier-free guidance.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,27 +23,35 @@ SAMPLERS = ("ddpm", "ddim", "dpm++")  # ancestral (the paper's), DDIM, and DPM-S
 
 @dataclass
 class DiffusionConfig:
-    """The schedule's length and what is learned on it. Raises ValueError on an unknown choice."""
+    """The schedule's length and what the network learns on it."""
 
     timesteps: int = 1000  # T
-    prediction: str = "eps"  # what the network outputs: "eps" (the paper) or "v" (Salimans & Ho 2022)
-    t_draw: str = "uniform"  # training timesteps: "uniform" (the paper) or "logit_normal" (Esser et al. 2024)
-    t_mean: float = 0.0  # logit_normal only: above 0 leans towards high noise, where layout and colour are decided
-    t_std: float = 1.0  # logit_normal only
+    prediction: Literal["eps", "v"] = (
+        "eps"  # what the network predicts: eps (the paper) or v (Salimans & Ho 2022)
+    )
+    t_draw: Literal["uniform", "logit_normal"] = (
+        "uniform"  # training timesteps: uniform (the paper) or logit_normal
+    )
+    t_mean: float = 0.0  # of logit_normal (Esser et al. 2024): above 0 leans towards high noise
+    t_std: float = 1.0  # of logit_normal
 
-    def __post_init__(self):
-        for name, allowed in (("prediction", ("eps", "v")), ("t_draw", ("uniform", "logit_normal"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+
+@dataclass
+class SamplingConfig:
+    """How images are sampled unless somebody asks otherwise."""
+
+    steps: int = 250  # denoising steps
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"  # ancestral (the paper's), DDIM or DPM-Solver++(2M)
+    guidance_scale: float = 3.0  # classifier-free guidance; 1 = none
 
 
 def guide(conditional, unconditional, guidance_scale):
-    """Classifier-free guidance (Ho & Salimans 2022): 1 = the conditional prediction as it is, 0 = the unconditional one."""
+    """Classifier-free guidance (Ho & Salimans 2022): 1 = the conditional prediction, 0 = the unconditional one."""
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def needs_noise(sampler, eta=0.0):
-    """Does this one of SAMPLERS add noise on the way? Raises ValueError on an unknown one, or an eta outside 0..1."""
+    """Does this sampler add noise on the way? Raises ValueError on an unknown one, or an eta outside 0..1."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
     if not 0 <= eta <= 1:
@@ -50,13 +60,15 @@ def needs_noise(sampler, eta=0.0):
 
 
 def scale(factor, x):
-    """x (N, ...) multiplied by one number, or by one for each of the N."""
-    return torch.tensor(factor, dtype=x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1)) * x
+    """x (N, ...) times one float64 factor, or one for each of the N, in the precision of x."""
+    return factor.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1)) * x
 
 
 class DDPM(nn.Module):
-    """The noise schedule and what follows from it. Has no parameters; a module so that `.to(device)` moves its tables.
-    options: the fields of DiffusionConfig."""
+    """The noise schedule and what follows from it. It has no parameters; `.to(device)` moves its tables.
+
+    options: the fields of DiffusionConfig.
+    """
 
     def __init__(self, **options):
         super().__init__()
@@ -65,11 +77,11 @@ class DDPM(nn.Module):
         t = np.arange(timesteps + 1, dtype=np.float64)
         f = np.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2  # Nichol & Dhariwal, eq. 17
         betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
-        abar = np.concatenate([[1.0], np.cumprod(1 - betas)])  # indexed by t: abar[0] = 1 is the clean image
-        self.abar = abar  # float64: the steps below need 1 - abar_t / abar_s and sigma_s^2, which cancel in float32 at either end
-        self.log_snr = np.log(abar / np.maximum(1 - abar, 1e-300))  # at t = 0, where it is infinite, very large
-        self.register_buffer("alpha", torch.tensor(np.sqrt(abar), dtype=torch.float32), persistent=False)  # (T + 1,)
-        self.register_buffer("sigma", torch.tensor(np.sqrt(1 - abar), dtype=torch.float32), persistent=False)  # (T + 1,)
+        # abar_t for t = 0..T. It stays in float64: 1 - abar_t / abar_s and sigma_s^2 cancel in float32 at
+        # either end.
+        self.alphas_cumprod = torch.from_numpy(np.concatenate([[1.0], np.cumprod(1 - betas)]))  # (T + 1,)
+        self.register_buffer("alpha", self.alphas_cumprod.sqrt().float(), persistent=False)  # (T + 1,)
+        self.register_buffer("sigma", (1 - self.alphas_cumprod).sqrt().float(), persistent=False)  # (T + 1,)
 
     def _at(self, t, like):
         """alpha_t and sigma_t, shaped to multiply `like`: t (N,) or int -> two of (N, 1, 1, ...)."""
@@ -77,19 +89,19 @@ class DDPM(nn.Module):
         shape = (-1,) + (1,) * (like.ndim - 1)
         return self.alpha[t].view(shape), self.sigma[t].view(shape)
 
-    # ---- training ----------------------------------------------------------------------------------------------
+    # ---- training --------------------------------------------------------------------------------
 
     def draw_timesteps(self, max_t, generator=None, t_draw=None):
-        """One t per image: max_t (N,) int64 -> t (N,), in 1..max_t where max_t > 0 and 0 (clean) where it is 0.
+        """One t for each image: max_t (N,) int64 -> t (N,), in 1..max_t; 0 (clean) where max_t is 0.
 
-        The paper draws uniformly. "logit_normal" takes u = sigmoid(normal(t_mean, t_std)) in the place of a uniform u.
-        t_draw: overrides the configuration's (validation draws uniformly whatever the training does).
+        The paper draws uniformly. "logit_normal" takes u = sigmoid(normal(t_mean, t_std)) instead of a
+        uniform u.
+        t_draw: overrides the configuration's; validation draws uniformly whatever training does.
         """
-        shape, device = max_t.shape, max_t.device
         if (t_draw or self.config.t_draw) == "uniform":
-            u = torch.rand(shape, generator=generator, device=device)
+            u = torch.rand(max_t.shape, generator=generator, device=max_t.device)
         else:
-            normal = torch.randn(shape, generator=generator, device=device)
+            normal = torch.randn(max_t.shape, generator=generator, device=max_t.device)
             u = torch.sigmoid(self.config.t_mean + self.config.t_std * normal)
         return torch.minimum((u * max_t).long() + 1, max_t)
 
@@ -99,70 +111,83 @@ class DDPM(nn.Module):
         return alpha * x_0 + sigma * eps
 
     def loss(self, prediction, x_0, t, eps):
-        """Mean squared error over the elements of each image (eq. 3): (N, ...) -> (N,). 0 for a perfect prediction;
-        1 in expectation for a network that always answers 0, since eps has unit variance."""
-        if self.config.prediction == "eps":
-            target = eps
-        else:
+        """The mean squared error over the elements of each image (eq. 3): (N, ...) -> (N,).
+
+        It is 0 for a perfect prediction, and 1 in expectation for a network that always answers 0.
+        """
+        target = eps
+        if self.config.prediction == "v":
             alpha, sigma = self._at(t, x_0)
             target = alpha * eps - sigma * x_0
         return (prediction.float() - target).square().flatten(1).mean(1)
 
-    # ---- sampling ----------------------------------------------------------------------------------------------
-    # t, s: one timestep for all N images, or a list or array of N: images may be at different steps of their way.
+    # ---- sampling --------------------------------------------------------------------------------
+    # In all steps, t and s are one timestep for all N images, or an int64 tensor (N,) on the CPU.
 
     def eps_and_x_0(self, prediction, x_t, t):
-        """Read the network's output as (estimate of the noise, estimate of the clean latents)."""
+        """The network's output -> (estimate of the noise, estimate of the clean latents)."""
         alpha, sigma = self._at(t, x_t)
         if self.config.prediction == "eps":
             return prediction, (x_t - sigma * prediction) / alpha
         return alpha * prediction + sigma * x_t, alpha * x_t - sigma * prediction
 
     def sampling_timesteps(self, steps):
-        """The timesteps visited in `steps` denoising steps, evenly spaced: first = t_0 > t_1 > ... > t_steps = 0.
+        """The timesteps that `steps` denoising steps visit, evenly spaced: first = t_0 > t_1 > ... > t_steps = 0.
 
-        The first is T, or for eps-prediction the last t whose alpha_t is at least 0.015 (990 of 1000): its x_0 divides the
-        network's error by alpha_t, which at T is 0.00005, and one such step at T spoils a whole image of few steps.
-        Raises ValueError unless 1 <= steps <= first.
+        The first is T. With eps-prediction it is the last t whose alpha_t is at least 0.015, which is 990
+        of 1000: the estimate of x_0 divides the network's error by alpha_t, and one step at T would spoil
+        a whole image. Raises ValueError unless 1 <= steps <= first.
         """
-        first = self.timesteps if self.config.prediction == "v" else int((self.abar >= 0.015**2).nonzero()[0][-1])
+        first = self.timesteps
+        if self.config.prediction == "eps":
+            first = int((self.alphas_cumprod >= 0.015**2).sum()) - 1
         if not 1 <= steps <= first:
             raise ValueError(f"{steps} denoising steps; it must be between 1 and {first}")
         return torch.linspace(first, 0, steps + 1, dtype=torch.float64).round().long().tolist()
 
     def between(self, t, s):
-        """Of a step from t to s < t: alpha_t, sigma_t, alpha_s, sigma_s and beta = 1 - abar_t / abar_s, in float64."""
-        a, b = self.abar[t], self.abar[s]
-        return a**0.5, (1 - a) ** 0.5, b**0.5, (1 - b) ** 0.5, 1 - a / b
+        """For a step from t to s < t: alpha_t, sigma_t, alpha_s, sigma_s, beta = 1 - abar_t / abar_s, in float64."""
+        abar_t, abar_s = self.alphas_cumprod[t], self.alphas_cumprod[s]
+        return abar_t.sqrt(), (1 - abar_t).sqrt(), abar_s.sqrt(), (1 - abar_s).sqrt(), 1 - abar_t / abar_s
 
     def ddpm_step(self, x_0, x_t, t, s, noise):
-        """One ancestral step from t to s < t: a draw from q(x_s | x_t, x_0) (Ho et al. 2020, eq. 6-7) at the estimated
-        x_0, its betas taken between t and s, so that any subset of the 1000 steps can be visited."""
+        """One ancestral step: a draw from q(x_s | x_t, x_0) (Ho et al. 2020, eq. 6-7) at the estimated x_0.
+
+        beta is taken between t and s, so that any subset of the T steps can be visited.
+        """
         alpha_t, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
-        of_x_0, of_x_t = alpha_s * beta / sigma_t**2, alpha_t / alpha_s * sigma_s**2 / sigma_t**2
-        return scale(of_x_0, x_0) + scale(of_x_t, x_t) + scale(sigma_s / sigma_t * beta**0.5, noise)
+        mean = scale(alpha_s * beta / sigma_t**2, x_0) + scale(
+            alpha_t / alpha_s * sigma_s**2 / sigma_t**2, x_t
+        )
+        return mean + scale(sigma_s / sigma_t * beta.sqrt(), noise)
 
     def ddim_step(self, eps, x_0, t, s, noise, eta):
-        """One DDIM step from t to s < t (Song et al. 2021, eq. 12 and 16). eta: 0 = no noise, which may be None; 1 = ancestral."""
+        """One DDIM step (Song et al. 2021, eq. 12 and 16). eta: 0 = no noise, which may be None; 1 = ancestral."""
         _, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
-        spread = eta * sigma_s / sigma_t * beta**0.5
-        x_s = scale(alpha_s, x_0) + scale((sigma_s**2 - spread**2) ** 0.5, eps)
+        spread = eta * sigma_s / sigma_t * beta.sqrt()
+        x_s = scale(alpha_s, x_0) + scale((sigma_s**2 - spread**2).sqrt(), eps)
         return x_s if noise is None else x_s + scale(spread, noise)
 
     def dpm_step(self, x_0, x_t, t, s, t_before, x_0_before):
-        """One step of DPM-Solver++(2M) from t to s < t (Lu et al. 2022, "DPM-Solver++", algorithm 2): x_0 is extrapolated
-        from this step's estimate and the one at t_before > t. First order, as DDIM, where t_before or s is 0."""
+        """One step of DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2).
+
+        x_0 is extrapolated from this step's estimate and the one at t_before > t. First order where there
+        was none, or s is 0.
+        """
         alpha_t, sigma_t, alpha_s, sigma_s, _ = self.between(t, s)
-        second = (np.asarray(t_before) > 0) & (np.asarray(s) > 0)
+        t_before, s = torch.as_tensor(t_before), torch.as_tensor(s)
+        second = (t_before > 0) & (s > 0)
         if second.any():
-            h, h_before = self.log_snr[s] - self.log_snr[t], self.log_snr[t] - self.log_snr[t_before]
-            x_0 = x_0 + scale(np.where(second, h / (2 * h_before), 0), x_0 - x_0_before)
+            log_snr = self.alphas_cumprod.log() - (1 - self.alphas_cumprod).clamp(min=1e-300).log()
+            h, h_before = log_snr[s] - log_snr[t], log_snr[t] - log_snr[t_before]
+            x_0 = x_0 + scale(torch.where(second, h / (2 * h_before), 0.0), x_0 - x_0_before)
         return scale(sigma_s / sigma_t, x_t) + scale(alpha_s - alpha_t * sigma_s / sigma_t, x_0)
 
     def step(self, sampler, prediction, x_t, t, s, noise=None, eta=0.0, t_before=0, x_0_before=None):
-        """One step of one of SAMPLERS, from t to s < t -> x_s and the estimate of x_0 (N, ...).
+        """One step of one of SAMPLERS from t to s < t -> x_s and the estimate of x_0, both (N, ...).
 
-        noise: like x_t, for those that `needs_noise` names; t_before, x_0_before: of the previous step, 0 = there was none
+        noise: like x_t, for a sampler that `needs_noise`. t_before, x_0_before: the previous step's; 0 =
+        there was none.
         """
         eps, x_0 = self.eps_and_x_0(prediction, x_t, t)
         if sampler == "ddpm":
@@ -172,12 +197,16 @@ class DDPM(nn.Module):
         return self.dpm_step(x_0, x_t, t, s, t_before, x_0_before), x_0
 
     def sample(self, predict, x_T, steps, sampler="ddpm", eta=0.0, noise=torch.randn_like):
-        """Denoise x_T (N, ...) ~ N(0, 1) to x_0 in `steps` calls of `predict(x_t, t) -> prediction`, t an int. noise(x) draws
-        what is added on the way. Raises ValueError on an unknown sampler."""
-        x, x_0, t_before, added = x_T, None, 0, needs_noise(sampler, eta)
+        """Denoise x_T (N, ...) ~ N(0, 1) to x_0 in `steps` calls of `predict(x_t, t) -> prediction`, t an int.
+
+        noise(x) draws what is added on the way. Raises ValueError on an unknown sampler.
+        """
+        x, x_0, t_before = x_T, None, 0
+        noisy = needs_noise(sampler, eta)
         visited = self.sampling_timesteps(steps)
         for t, s in zip(visited, visited[1:]):
-            x, x_0 = self.step(sampler, predict(x, t).float(), x, t, s, noise(x) if added else None, eta, t_before, x_0)
+            prediction = predict(x, t).float()
+            x, x_0 = self.step(sampler, prediction, x, t, s, noise(x) if noisy else None, eta, t_before, x_0)
             t_before = t
         return x
 
@@ -185,7 +214,7 @@ class DDPM(nn.Module):
 if __name__ == "__main__":
     from PIL import Image
 
-    from data import Scenes  # a picture to noise
+    from extras.scenes import Scenes  # an image to noise
 
     ddpm = DDPM()
     print("   t   abar_t   alpha_t  sigma_t   log10 SNR")
@@ -194,9 +223,9 @@ if __name__ == "__main__":
         alpha, sigma = ddpm.alpha[t].item(), ddpm.sigma[t].item()
         snr = f"{2 * math.log10(alpha / sigma):9.2f}" if sigma else "      inf"
         print(f"{t:4d}  {alpha**2:.5f}   {alpha:.5f}  {sigma:.5f}  {snr}")
-    pixels = torch.from_numpy(Scenes("places", 32).example(0).render()).float() / 127.5 - 1
+    pixels = torch.from_numpy(Scenes("places", 32).example(0).render()).float() / 127.5 - 1  # (H, W, 3)
     x_0 = pixels.expand(len(shown), -1, -1, -1)
     x_t = ddpm.q_sample(x_0, torch.tensor(shown), torch.randn(pixels.shape).expand_as(x_0))
-    strip = torch.cat(list(((x_t.clamp(-1, 1) + 1) * 127.5).byte()), dim=1).repeat_interleave(4, 0).repeat_interleave(4, 1)
-    Image.fromarray(strip.numpy()).save("diffusion.png")
+    strip = torch.cat(list(((x_t.clamp(-1, 1) + 1) * 127.5).byte()), dim=1)  # (H, 13 W, 3)
+    Image.fromarray(strip.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()).save("diffusion.png")
     print("wrote diffusion.png: one image at these t, left to right")

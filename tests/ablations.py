@@ -28,8 +28,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train import Run, parse  # noqa: E402
-from vae import load_checkpoint  # noqa: E402
+from extras.runs import load_checkpoint  # noqa: E402
+from train import parse, set_up, train_step  # noqa: E402
 
 # ---- What is compared: the words after `python train.py` ------------------------------------------------------------------
 
@@ -109,8 +109,8 @@ def flops_per_step(variant, out):
     notes, words = out / "flops.json", arguments(variant, out)
     known, key = json.loads(notes.read_text()) if notes.exists() else {}, f"{variant} {recipe(words)}"
     if key not in known:
-        run = Run(parse([*words, "--out", str(out / "flops"), "--eval_documents", "1"])[0])
-        known[key] = float(np.mean([run.train_step()["flops"] for _ in range(5)]))
+        run = set_up(parse([*words, "--out", str(out / "flops"), "--eval_documents", "1"])[0])
+        known[key] = float(np.mean([train_step(run)["flops"] for _ in range(5)]))
         notes.write_text(json.dumps(known, indent=1))
     return known[key]
 
@@ -168,9 +168,12 @@ def print_besides(rows, args):
     import torch
 
     from bench import alternate
-    from data import Scenes, readable, to_pixels
-    from evaluate import judge
-    from sample import generate, load
+    from data import to_pixels
+    from extras import generate
+    from extras.judge import judge
+    from extras.scenes import Scenes
+    from extras.sources import Skipped, readable
+    from sample import load
 
     torch.set_num_threads(1)
     captions = [[Scenes(split="held_out").pair(i)[0]] for i in range(16)]
@@ -181,7 +184,7 @@ def print_besides(rows, args):
         right = {}
         for split in Scenes.SPLITS[1:]:
             scenes = Scenes(split=split, seed=1)
-            numbers, pictures = zip(*readable(scenes, itertools.count(), args.judged))
+            numbers, pictures = zip(*readable(scenes, itertools.count(), args.judged, Skipped("pictures", 1.0)))
             captions = [scenes.pair(i)[0] for i in numbers]
             with torch.no_grad():
                 again = model.vae.decode(model.vae.encode(to_pixels(np.stack(pictures)))).movedim(1, -1)

@@ -24,6 +24,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -34,13 +35,14 @@ from conftest import ROOT, tiny_model, tiny_trained
 from PIL import Image
 from torch.nn.attention.flex_attention import flex_attention
 
-import sample
 from attention_mask import flex_mask, transfusion_mask
-from data import NO_LOSS, Pairs, Picture, Tokenizer, collate, load_image
+from data import NO_LOSS, Picture, Tokenizer, collate
 from diffusion import DDPM, guide
-from model import SIZES, Transfusion, TransfusionConfig, mean_context, peak_flops, rope_table, rotate, training_flops
-from sample import generate
-from train import Config, autocast, losses, wrap
+from extras import engine, generate
+from extras.costs import batch_flops, peak_flops
+from extras.pairs import Pairs, load_image
+from model import SIZES, Transfusion, TransfusionConfig, rope_table, rotate
+from train import Config, losses, machine, wrap
 
 
 def alternate(functions, repeats, warm_up=1):
@@ -98,13 +100,19 @@ def documents(rows, per_row, text, config, device):
     return batch.to(device), x_0, torch.randint(1, 1001, (len(x_0),), generator=generator).to(device), eps
 
 
+def in_precision(run_config, device):
+    """What a run with this configuration enters around its model."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=machine(run_config, device)[0])
+
+
 def transfusion_step(model, optimizer, work, run_config, device, mask=transfusion_mask):
     """One training step of ours."""
-    called, ddpm = wrap(model, run_config, device), DDPM().to(device)
+    _, compiled, _ = machine(run_config, device)
+    called, ddpm = wrap(SimpleNamespace(model=model, config=run_config, device=device, ranks=1), False, compiled), DDPM().to(device)
     batch, x_0, t, eps = work
 
     def loss():
-        with autocast(run_config, device):
+        with in_precision(run_config, device):
             lm, per_image = losses(called, ddpm, batch, x_0, t, eps, mask)
         return lm.sum() / (batch.targets != NO_LOSS).sum() + 5 * per_image.mean()
 
@@ -172,7 +180,7 @@ def training(args):
         for label, run_config in (("bare Llama, fp32", fp32), ("bare Llama, bf16", bf16)):
 
             def loss(bare=bare, run_config=run_config):
-                with autocast(run_config, device):
+                with in_precision(run_config, device):
                     return F.cross_entropy(bare(tokens).flatten(0, 1).float(), tokens.flatten())
 
             contestants[label], models[label] = training_step(optimizers[1], loss), bare
@@ -217,7 +225,7 @@ def sizes(args):
                 step = transfusion_step(model, adamw(model), work, run_config, device, flex_mask if attention == "flex" else transfusion_mask)
                 seconds = alternate({"step": step}, args.rounds, warm_up=3)["step"]
                 tokens = work[0].tokens.numel()
-                mfu = f"{tokens / seconds * training_flops(model, mean_context(work[0], config.n_patches), len(work[0].max_t) / tokens) / peak:6.1%}" if peak and precision == "bf16" else f"{'-':>6}"
+                mfu = f"{batch_flops(model, work[0]) / seconds / peak:6.1%}" if peak and precision == "bf16" else f"{'-':>6}"
                 memory = f"{torch.cuda.max_memory_allocated() / 1e9:6.1f}" if device.type == "cuda" else f"{'-':>6}"
                 print(f"{name:>6} {attention:>10} {compiled:>9} {precision:>10} {str(again):>13} | {1000 * seconds:7.0f} {tokens / seconds:10,.0f} {mfu} {memory}", flush=True)
             except torch.OutOfMemoryError:
@@ -294,8 +302,8 @@ def decoding_model(seq_len, device, **bias):
     return trained
 
 
-def keep_latents(items, trained):
-    """In the place of sample.to_document: nothing is decoded, since the peer decodes nothing either."""
+def keep_latents(items, *_):
+    """In the place of engine.to_document: nothing is decoded, since the peer decodes nothing either."""
     return items
 
 
@@ -390,8 +398,8 @@ def sharing(quick, device):
     finished, made = {}, {}
 
     def run(calls):
-        sample.TEXT_CALLS = calls
-        counts, ends, originals = {"text": 0, "image": 0}, [], (sample.denoise, sample.Engine.sample_tokens, sample.Engine.finish)
+        engine.TEXT_CALLS = calls
+        counts, ends, originals = {"text": 0, "image": 0}, [], (engine.denoise, engine.Engine.sample_tokens, engine.Engine.finish)
 
         def counted(kind, function):
             def wrapped(*args, **kwargs):
@@ -401,19 +409,19 @@ def sharing(quick, device):
             return wrapped
 
         began = time.perf_counter()
-        sample.denoise, sample.Engine.sample_tokens = counted("image", originals[0]), counted("text", originals[1])
-        sample.Engine.finish = lambda self, p: (ends.append(time.perf_counter() - began), originals[2](self, p))
+        engine.denoise, engine.Engine.sample_tokens = counted("image", originals[0]), counted("text", originals[1])
+        engine.Engine.finish = lambda self, p: (ends.append(time.perf_counter() - began), originals[2](self, p))
         try:
             generate(trained, documents, draw=False, temperature=1.0, max_tokens=60, max_images=2, max_batch=4 if quick else 16, steps=12,
                      sampler="ddim", guidance_scale=3.0)  # fmt: skip
         finally:
-            sample.denoise, sample.Engine.sample_tokens, sample.Engine.finish = originals
+            engine.denoise, engine.Engine.sample_tokens, engine.Engine.finish = originals
         finished.setdefault(calls, []).append(statistics.mean(ends))
         made[calls] = counts
 
-    usual, choices = sample.TEXT_CALLS, (1, 4) if quick else (1, 4, 8, 16, 64)
+    usual, choices = engine.TEXT_CALLS, (1, 4) if quick else (1, 4, 8, 16, 64)
     found = alternate({calls: lambda calls=calls: run(calls) for calls in choices}, 1 if quick else 3)
-    sample.TEXT_CALLS = usual
+    engine.TEXT_CALLS = usual
     for calls in choices:
         rows.append([f"{calls}", found[calls], statistics.median(finished[calls][1:]), str(made[calls]["text"]), str(made[calls]["image"])])
     table(f"{len(documents)} free documents; TEXT_CALLS is {usual}", ["tokens a step", "seconds", "mean time to an end", "text calls", "denoising calls"], rows)
@@ -453,7 +461,7 @@ def sampling(args):
     if args.peer:
         import transfusion_pytorch  # noqa: F401  if it is missing, better said now than after minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sample.to_document = keep_latents
+    engine.to_document = keep_latents
     print(f"sampling on {device}, {torch.get_num_threads()} threads, random weights: dim 256, depth 6, heads 4, 16 patches of 16 numbers")
     for part in (rates, cache, step_cost, sharing) + ((against_peer,) if args.peer else ()):
         part(args.quick, device)

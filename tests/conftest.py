@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(ROOT))
 
-import sample  # noqa: E402
+import extras  # noqa: E402
 from data import DataConfig, Picture, Tokenizer  # noqa: E402
-from diffusion import DDPM, DiffusionConfig  # noqa: E402
-from model import Transfusion, TransfusionConfig  # noqa: E402
-from sample import Trained, generate  # noqa: E402
-from train import Config  # noqa: E402
+from diffusion import DDPM, SamplingConfig  # noqa: E402
+from extras import Choices, engine, generate  # noqa: E402
+from model import TransfusionConfig  # noqa: E402
+from sample import Trained  # noqa: E402
 
 
 def pytest_configure(config):
@@ -69,12 +69,19 @@ class LevelVQ(PixelVAE):
         return (codes[:, None] / 5.5 - 1).expand(-1, 3, -1, -1)
 
 
+def divide(options, *kinds):
+    """Options by their names -> for each dataclass a dict of those that are its fields."""
+    return [{f.name: options[f.name] for f in fields(kind) if f.name in options} for kind in kinds]
+
+
 def tiny_model(seed=0, scale=1.0, side=SIDE, vocab_size=Tokenizer().vocab_size, **more):
-    """A small Transfusion with random weights. scale: multiplies matrices; at 1 a fresh model is close to constant. The U-Net's
+    """A small model with random weights. scale: multiplies matrices; at 1 a fresh model is close to constant. The U-Net's
     convolutions are drawn larger than in a fresh model, too."""
     torch.manual_seed(seed)
     sizes = dict(dim=32, n_layers=2, n_heads=2, mlp_multiple=32, vocab_size=vocab_size, latent_channels=3, latent_size=side, unet_channels=32, unet_blocks=1)
-    model = Transfusion(TransfusionConfig(**sizes | more)).eval()
+    sizes |= {"patch_size": 1} if more.get("images") == "discrete" else {}
+    config, choices = divide(sizes | more, TransfusionConfig, Choices)
+    model = extras.new_model(TransfusionConfig(**config), Choices(**choices)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 4:
@@ -86,9 +93,11 @@ def tiny_model(seed=0, scale=1.0, side=SIDE, vocab_size=Tokenizer().vocab_size, 
 
 def tiny_trained(model, tokenizer=None, prediction="v", seq_len=160, **more):
     """A model as sample.generate takes it, with a PixelVAE or LevelVQ."""
-    config = Config(data=DataConfig(image_size=model.config.latent_size, seq_len=seq_len), diffusion=DiffusionConfig(prediction=prediction),
-                    model=model.config, **{"steps": 3, "guidance_scale": 1.0} | more)  # fmt: skip
-    return Trained(model, PixelVAE() if model.patches else LevelVQ(), DDPM(prediction=prediction), tokenizer or Tokenizer(), asdict(config))
+    sampling, choices = divide({"steps": 3, "guidance_scale": 1.0} | more, SamplingConfig, Choices)
+    vae, images = (PixelVAE(), "continuous") if model.patches else (LevelVQ(), "discrete")
+    data = DataConfig(image_size=model.config.latent_size, seq_len=seq_len)
+    return Trained(model, vae, DDPM(prediction=prediction), tokenizer or Tokenizer(), data, SamplingConfig(**sampling),
+                   Choices(**{"images": images} | choices))  # fmt: skip
 
 
 def picture(seed, side=SIDE, max_t=1000):
@@ -105,9 +114,9 @@ def image(seed, side=SIDE):
 def generated(trained, documents, seeds, **options):
     """generate's new parts, before they become text and pictures: a list of ids and latents, or codes, for each document."""
     kept = {}
-    original = sample.to_document
+    original = engine.to_document
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "to_document", lambda items, trained: [kept.setdefault(len(kept), items)] and original(items, trained))
+        patch.setattr(engine, "to_document", lambda items, *more: [kept.setdefault(len(kept), items)] and original(items, *more))
         generate(trained, documents, seeds, **options)
     return list(kept.values())
 

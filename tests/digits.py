@@ -17,9 +17,11 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Pairs
 from evaluate import write_captions
-from sample import contact_sheet, generate, load
+from extras import generate
+from extras.pairs import Pairs
+from extras.show import contact_sheet
+from sample import load
 
 NAMES = "zero one two three four five six seven eight nine".split()
 
@@ -49,10 +51,9 @@ def judge(run, number, seed):
     from sklearn.svm import SVC
 
     trained = load(run)
-    data = trained.config["data"]
     scans = {}
     for split in ("train", "held_out"):
-        pairs = Pairs(data["data"], data["image_size"], split)
+        pairs = Pairs(trained.extra.data, trained.data.image_size, split)
         scans[split] = [load() for _, load in map(pairs.pair, range(len(pairs)))], [caption for caption, _ in map(pairs.pair, range(len(pairs)))]
     reader = SVC(gamma=0.001, C=10).fit(features(scans["train"][0]), scans["train"][1])
     print(f"the classifier reads {reader.score(features(scans['held_out'][0]), scans['held_out'][1]):.1%} of {len(scans['held_out'][1])} held-out scans right")

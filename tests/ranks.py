@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from train import Run, parse
+from train import parse, save, set_up, train_step, validate
 
 
 def work(job):
     rank = os.environ["RANK"]
     try:
-        run = Run(*parse([option.replace("RANK", rank) for option in job["options"]]))
+        run = set_up(*parse([option.replace("RANK", rank) for option in job["options"]]))
     except ValueError as error:
         if "refused" not in job:
             raise
@@ -32,9 +32,9 @@ def work(job):
     travelled = []
     if isinstance(run.parallel, DistributedDataParallel):
         run.parallel.register_comm_hook(None, lambda state, bucket: (travelled.append(bucket.is_last()), allreduce_hook(None, bucket))[1])
-    steps = [run.train_step() for _ in range(job["steps"])]
-    validation = run.validate()
-    run.save()
+    steps = [train_step(run) for _ in range(job["steps"])]
+    validation = validate(run)
+    save(run)
     held_out = [None] * run.ranks
     dist.all_gather_object(held_out, [len(batch.images) for batch in run.validation])
     if run.rank == 0:

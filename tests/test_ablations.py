@@ -8,7 +8,8 @@ import ablations
 import pytest
 from conftest import run_script
 
-from vae import VAE, save_checkpoint
+import extras
+from extras.runs import save_checkpoint
 
 FLOPS = {ablations.PAPER: 8e9, ablations.TRANSFUSION: 4e9}  # of a step; of all others 2e9
 
@@ -104,8 +105,8 @@ def test_a_table_made_as_a_user_would(tmp_path):
     """Nothing stubbed: four models of three steps or so, on untrained autoencoders."""
     for variant in ablations.TABLES["models"].values():
         words = ablations.autoencoder(variant)
-        config = ablations.parse(words)[0].autoencoder
-        save_checkpoint(tmp_path / ablations.name(words) / "vae.pt", {"vae_config": asdict(config), "step": config.steps, "vae": VAE(config).state_dict(), "done": True})
+        network, config = extras.vae_kind(ablations.parse(words)[0])
+        save_checkpoint(tmp_path / ablations.name(words) / "vae.pt", {"vae_config": asdict(config), "step": config.steps, "vae": network(config).state_dict(), "done": True})
     code, out, err = run_script("tests/ablations.py", "--tables", "models", "--steps", 3, "--judged", 2, "--seeds", 0, "--out", tmp_path, cwd=tmp_path)
     assert code == 0, err
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith(("| Transfusion", "| Chameleon"))]

@@ -1,4 +1,8 @@
-"""The discrete model (`images="discrete"`, Chameleon): its batch written out, its sampling against plain recomputation, its training."""
+"""extras/chameleon.py, the discrete model (`--images discrete`): its batch written out, its sampling against plain recomputation, its training."""
+
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,15 +13,17 @@ from PIL import Image
 
 import sample
 from attention_mask import transfusion_mask
-from data import NO_LOSS, Tokenizer, collate, fill_codes
-from diffusion import DDPM
-from sample import export, generate, load
-from train import Run, losses, parse
-from vae import VAE, VAEConfig
+from data import NO_LOSS, Tokenizer, collate
+from extras import vae_kind
+from extras.chameleon import Objective, fill_codes
+from extras.weights import export
+from model import Block
+from sample import generate, load
+from train import parse, set_up, validate
 
 T = Tokenizer()
 V, CODES, SIDE = T.vocab_size, 12, 3  # codes are ids V..V+11, nine of them an image
-TINY_VQ = TINY | dict(config="chameleon", vae_codebook=32)
+TINY_VQ = TINY | dict(config="chameleon", codebook=32)
 
 
 # ---- The batch ------------------------------------------------------------------------------------------------------
@@ -63,8 +69,10 @@ def test_losses_of_a_mixed_batch(z_loss):
     """Cross-entropy (and z-loss) of text and codes alike at every target, nothing elsewhere."""
     model = discrete_model()
     batch = fill_codes(collate([[[[65], picture(1)]], [[picture(2), [66]]]], T, 16, 9), V + torch.randint(CODES, (2, 9)))
-    nothing = torch.zeros(0, 3, SIDE, SIDE)
-    lm, per_image = losses(model, DDPM(), batch, nothing, batch.max_t, nothing, lambda *ids: transfusion_mask(*ids, causal=True), z_loss)
+    config = SimpleNamespace(extra=SimpleNamespace(z_loss=z_loss))
+    objective = Objective(config, None, None, T, partial(transfusion_mask, causal=True), "cpu", nullcontext)
+    lm = objective.each(model, batch, z_loss)
+    assert [part.item() for part in objective.sums(model, batch, range(2), (0,))] == [lm.sum().item(), 0.0]
     with torch.no_grad():
         logits, _ = model(batch.tokens, batch.image_id, batch.positions, transfusion_mask(batch.image_id, batch.doc_id, causal=True))
     for b, p in np.ndindex(2, 16):
@@ -73,7 +81,7 @@ def test_losses_of_a_mixed_batch(z_loss):
             log_z = logits[b, p].double().exp().sum().log()
             expected = float(log_z - logits[b, p, target] + z_loss * log_z**2)
         assert lm[b, p].item() == pytest.approx(expected, abs=1e-4)
-    assert (batch.targets >= 0).sum() == 26 and per_image.shape == (0,)  # <BOS> a <BOI> and nine codes, and <EOI>, twice
+    assert (batch.targets >= 0).sum() == 26 and len(batch.max_t) == 0  # <BOS> a <BOI> and nine codes, and <EOI>, twice
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------------------
@@ -197,7 +205,7 @@ def test_an_image_may_have_more_codes_than_the_schedule_has_steps(tmp_path, monk
     sample.main(command)
     drawn = Image.open(tmp_path / "out/000.png")
     assert drawn.size == (32, 32) and "/1024 [" in capsys.readouterr().err and "steps" not in drawn.info["settings"]
-    with pytest.raises(ValueError, match="--steps is 5, but a discrete model has no denoising steps"):
+    with pytest.raises(ValueError, match="steps is 5, but this model samples the codes .* has no denoising steps"):
         sample.main([*command, "--steps", "5"])
 
 
@@ -256,7 +264,7 @@ def test_exported_and_read_back(chameleon_run, tmp_path):
 
 
 def test_small_with_discrete_images(tmp_path):
-    code, out, err = run_here("train.py", *flags(**TINY | dict(images="discrete", vae_codebook=16, max_steps=2), out=tmp_path))
+    code, out, err = run_here("train.py", *flags(**TINY | dict(images="discrete", codebook=16, max_steps=2), out=tmp_path))
     assert code == 0 and "| codes " in out, err
 
 
@@ -272,29 +280,30 @@ def test_a_llama_learns_codes(chameleon_run, tmp_path):
     model = load(tmp_path / "out").model
     theirs = torch.cat([weights["model.embed_tokens.weight"], torch.zeros(5 + 32, 32)])
     moved = (model.embedding.weight - theirs).abs().amax(1)
-    assert len(moved) == 256 + 5 + 32 and (moved[:256] == 0).all() and not model.config.post_norm and f"{2 * 37 * 32:,} are trained" in out
+    assert len(moved) == 256 + 5 + 32 and (moved[:256] == 0).all() and all(type(block) is Block for block in model.blocks) and f"{2 * 37 * 32:,} are trained" in out
 
 
 def test_images_that_condition_have_no_loss_and_no_noise_is_drawn(chameleon_run):
-    run = Run(parse(flags(**TINY_VQ, out=chameleon_run[0]))[0], resume=True)
+    run = set_up(parse(flags(**TINY_VQ, out=chameleon_run[0]))[0], resume=True)
     batch = next(run.loader)
     batch.max_t[0] = 0
-    filled, x_0, t, eps = run.prepare(batch, range(len(batch.tokens)), 0)
-    assert len(x_0) == len(t) == len(eps) == 0
+    before = torch.get_rng_state()
+    filled = run.objective.filled(batch)
+    assert len(filled.images) == len(filled.max_t) == 0 and torch.equal(torch.get_rng_state(), before)
     inside = batch.image_id == 0
     assert (filled.targets[inside] == NO_LOSS).all() and torch.equal(filled.tokens[inside].view(4, 4) - run.tokenizer.vocab_size, run.vae.codes(batch.images[:1])[0])
     assert (filled.targets[batch.image_id > 0] >= 0).all()
-    assert run.counts(batch) == (int((filled.targets != NO_LOSS).sum()), len(batch.images) - 1)  # known before the pictures are encoded
+    assert run.objective.counts(batch) == (int((filled.targets != NO_LOSS).sum()), len(batch.images) - 1)  # known before the pictures are encoded
 
 
 def test_validation_tells_text_from_codes(chameleon_run):
     """lm is over the targets that a continuous model has too, codes over nine of ten others: <EOI> is neither."""
-    run = Run(parse(flags(**TINY_VQ, out=chameleon_run[0]))[0], resume=True)
+    run = set_up(parse(flags(**TINY_VQ, out=chameleon_run[0]))[0], resume=True)
     with torch.no_grad():
         run.model.head.weight.zero_()
         for average in run.average.weights:
             average.zero_()
-    assert run.validate() == pytest.approx({"val_lm": np.log(run.config.model.vocab_size), "val_codes": np.log(run.config.model.vocab_size)}, rel=1e-5)
+    assert validate(run) == pytest.approx({"val_lm": np.log(run.config.model.vocab_size), "val_codes": np.log(run.config.model.vocab_size)}, rel=1e-5)
 
 
 # ---- Wrong options --------------------------------------------------------------------------------------------------
@@ -302,7 +311,7 @@ def test_validation_tells_text_from_codes(chameleon_run):
 
 @pytest.mark.parametrize("args, expected", [
     (["--config", "small", "--images", "pixels"], "continuous, discrete"), (["--config", "small", "--image_attention", "none"], "bidirectional, causal"),
-    (["--config", "small", "--vae_codebook", "64"], "--images discrete"), (["--config", "chameleon", "--latents", "x", "--vae", "y"], "latents are of continuous"),
+    (["--config", "small", "--codebook", "64"], "--images discrete"), (["--config", "chameleon", "--latents", "x", "--vae", "y"], "latents are of continuous"),
 ])  # fmt: skip
 def test_wrong_options(args, expected, tmp_path):
     code, _, err = run_here("train.py", *args, "--out", tmp_path / "out")
@@ -312,7 +321,7 @@ def test_wrong_options(args, expected, tmp_path):
 def test_a_vae_of_the_other_kind_is_refused(chameleon_run, tmp_path):
     vae = chameleon_run[0] / "vae.pt"
     code, _, err = run_here("train.py", *flags(**TINY, out=tmp_path / "out", vae=vae))
-    assert code == 1 and "is a VQ-VAE" in err and "--images discrete" in err, err
+    assert code == 1 and "is a VQVAE" in err and "--images continuous needs a VAE" in err, err
 
 
 def test_encoding_ahead_is_refused(tmp_path):
@@ -323,6 +332,7 @@ def test_encoding_ahead_is_refused(tmp_path):
 @pytest.mark.parametrize("config", ["small", "0.16b"])
 def test_images_discrete_on_any_config(config):
     c = parse(["--config", config, "--images", "discrete"])[0]
-    assert (c.model.patch_size, c.model.image_attention, c.autoencoder.codebook) == (1, "causal", 16384)
+    assert (c.model.patch_size, c.model.image_attention, c.extra.codebook) == (1, "causal", 16384)
+    network, settings = vae_kind(c)
     with torch.device("meta"):
-        assert VAE(VAEConfig(**vars(c.autoencoder))).eval().codes(torch.empty(2, 3, 64, 64)).shape == (2, 64 // c.autoencoder.factor, 64 // c.autoencoder.factor)
+        assert network(settings).eval().codes(torch.empty(2, 3, 64, 64)).shape == (2, 64 // settings.factor, 64 // settings.factor)

@@ -5,17 +5,29 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture, run_here, tiny_model
+from conftest import divide, flags, picture, run_here, tiny_model
 from PIL import Image
 
-from data import (COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, DataConfig, Documents, Pairs, Picture, Scenes, Stream, Tokenizer, collate, document_length, fit_image,
-                  held_out_combination, interleave, load_image, open_pairs, open_text, open_tokenizer, restore_tokenizer, shuffled, to_pixels)  # fmt: skip
+from data import NO_LOSS, DataConfig, PairDocuments, Picture, Stream, Tokenizer, collate, document_length, to_pixels
 from diffusion import DDPM
+from extras import Choices, open_documents, open_pairs, open_text, open_tokenizer, restore_tokenizer
+from extras.pairs import Pairs, fit_image, load_image
+from extras.scenes import COLOURS, GRAMMARS, NEVER_SEEN, Scenes, SceneText, held_out_combination
+from extras.sources import Skipped, WithText, interleave, shuffled
+from extras.tokenizers import BPETokenizer
 from train import losses, parse
+
+
+def configured(**options):
+    """Options as what opens sources takes them."""
+    data, extra = divide(options, DataConfig, Choices)
+    return SimpleNamespace(data=DataConfig(**data), extra=Choices(**extra))
+
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
 
@@ -26,7 +38,7 @@ ODD = ["", " ", "a", "a red circle", "  two  spaces ", "\t\n\r\n tabs\x00\x1f", 
 @pytest.fixture(scope="module")
 def learned():
     scenes = Scenes()
-    return Tokenizer.learn([scenes.example(i).caption for i in range(1000)], 512)
+    return BPETokenizer.learn([scenes.example(i).caption for i in range(1000)], 512)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -77,18 +89,14 @@ def test_tokenizer_is_restored_from_its_merges(learned):
 
 def test_learning_is_repeatable_and_limited():
     texts = ["low lower lowest", "new newer newest"] * 3
-    assert Tokenizer.learn(texts, 7).merges == Tokenizer.learn(list(reversed(texts)), 7).merges
-    assert len(Tokenizer.learn(texts, 7).merges) == 7 and Tokenizer.learn(texts, 0).vocab_size == 261
-    assert Tokenizer.learn([], 10).merges == []
+    assert BPETokenizer.learn(texts, 7).merges == BPETokenizer.learn(list(reversed(texts)), 7).merges
+    assert len(BPETokenizer.learn(texts, 7).merges) == 7 and BPETokenizer.learn(texts, 0).vocab_size == 261
+    assert BPETokenizer.learn([], 10).merges == []
 
 
 # ---- Scenes ---------------------------------------------------------------------------------------------------------
 
 ALL = [(grammar, split) for grammar in GRAMMARS for split in Scenes.SPLITS]
-
-
-def pairs_of(scene):
-    return [(shape.colour, shape.kind) for shape in scene.shapes]
 
 
 @pytest.mark.parametrize("grammar, split", ALL)
@@ -105,7 +113,7 @@ def test_example_is_a_function_of_seed_and_index(grammar, split):
 def test_splits_hold_what_they_say(grammar, split):
     scenes = Scenes(grammar, 64, split)
     for i in range(600):
-        pairs = pairs_of(scenes.example(i))
+        pairs = scenes.example(i).objects
         never_seen = any(pair in NEVER_SEEN for pair in pairs)
         held_out = any(held_out_combination(*combination) for combination in itertools.combinations(pairs, 2))
         assert never_seen == (split == "never_seen")
@@ -117,7 +125,7 @@ def test_training_shows_every_colour_and_every_shape():
     """A never-seen pair is new as a pair only."""
     for grammar in GRAMMARS:
         scenes = Scenes(grammar)
-        shown = {pair for i in range(600) for pair in pairs_of(scenes.example(i))}
+        shown = {pair for i in range(600) for pair in scenes.example(i).objects}
         assert {colour for colour, _ in shown} == set(COLOURS) and {kind for _, kind in shown} == set(GRAMMARS[grammar].kinds)
         assert shown == set(itertools.product(COLOURS, GRAMMARS[grammar].kinds)) - NEVER_SEEN
     assert len(COLOURS) >= 6 and all(len(grammar.kinds) >= 4 for grammar in GRAMMARS.values())
@@ -179,8 +187,8 @@ def test_folder_splits_shuffles_and_repeats(folder):
 
 
 def test_open_pairs_takes_the_folder_for_the_scenes(folder):
-    assert isinstance(open_pairs(DataConfig(data=str(folder), image_size=16)), Pairs)
-    assert isinstance(open_pairs(DataConfig(image_size=32), "never_seen"), Scenes)
+    assert isinstance(open_pairs(configured(data=str(folder), image_size=16)), Pairs)
+    assert isinstance(open_pairs(configured(image_size=32), "never_seen"), Scenes)
 
 
 @pytest.mark.parametrize("break_it, message", [
@@ -281,10 +289,10 @@ def test_to_pixels():
     assert pixels.shape == (1, 3, 1, 1) and pixels.flatten().tolist() == pytest.approx([-1.0, 1.0, -0.6])
 
 
-@pytest.mark.parametrize("wrong, message", [(dict(caption_first=1.2), "between 0 and 1"), (dict(grammar="haiku"), "places, relations, rich"), (dict(text_fraction=-1), "text_fraction is -1"), (dict(workers=-1), "workers -1")])
+@pytest.mark.parametrize("wrong, message", [(dict(caption_first=1.2), "between 0 and 1"), (dict(grammar="haiku"), "places, relations, rich"), (dict(text_fraction=-1), "text_fraction is -1"), (dict(workers=-1), "workers is -1")])
 def test_impossible_configuration_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        DataConfig(**wrong)
+        parse(flags(config="small", **wrong))
 
 
 # ---- Documents ------------------------------------------------------------------------------------------------------
@@ -301,7 +309,8 @@ class Alphabet:
 
 
 def documents(seed=0, timesteps=1000, **config):
-    return Documents(Alphabet(), Tokenizer(), DataConfig(image_size=8, seq_len=64, **config), timesteps, seed)
+    config = dict(image_first_max_t=500) | config
+    return PairDocuments(Alphabet(), Tokenizer(), DataConfig(image_size=8, seq_len=64, **config), timesteps, seed)
 
 
 def test_both_orders_and_their_noise_limits():
@@ -334,16 +343,15 @@ def test_noise_limits_follow_the_configuration():
 
 
 def source(preset, n_patches):
-    data = parse(["--config", preset])[0].data
-    scenes = open_pairs(data)
-    tokenizer = open_tokenizer(data, scenes)
-    return Documents(scenes, tokenizer, data, text=open_text(data, tokenizer), n_patches=n_patches)
+    """The documents of a preset, its configuration of data, and its text alone."""
+    config = parse(["--config", preset])[0]
+    tokenizer = open_tokenizer(config, open_pairs(config))
+    return open_documents(config, tokenizer, n_patches), config.data, open_text(config, tokenizer)
 
 
 @pytest.mark.parametrize("preset, n_patches, steps", [("0.16b", 256, 12), ("small", 4, 40), ("relations", 4, 40)])
 def test_scenes_fill_at_least_97_percent(preset, n_patches, steps):
-    documents = source(preset, n_patches)
-    data = documents.config
+    documents, data, _ = source(preset, n_patches)
     stream = Stream(documents, data.seq_len, rows=8, n_patches=n_patches)
     rows = [row for _ in range(steps) for row in next(stream)]
     used = [sum(document_length(document, n_patches) for document in row) for row in rows]
@@ -370,16 +378,17 @@ def test_shuffling_is_a_permutation_that_its_key_picks(n):
 
 
 def test_text_alone_is_cut_and_an_image_never_is():
-    document = source("small", 16).text
-    assert document is None  # the small presets have none
-    data = DataConfig(seq_len=30, image_size=8)
-    documents = Documents(Alphabet(), BYTES, data, text=open_text(data, BYTES), n_patches=16)
-    stream = Stream(documents, 30, rows=4, n_patches=16)
+    documents, _, text = source("small", 16)
+    assert text is None and isinstance(documents, PairDocuments)  # the small presets have none
+    config = configured(seq_len=30, image_size=8)
+    text = open_text(config, BYTES)
+    assert isinstance(text, SceneText)
+    documents = WithText(PairDocuments(Alphabet(), BYTES, config.data), text, config.data.text_fraction, 16)
+    stream = Stream(documents, 30, rows=4, n_patches=16, skipped=Skipped("documents", config.data.max_broken))
     with pytest.raises(ValueError, match="letters .* takes"):  # captions of up to 26 letters and 19 more positions: dropped, and soon too many
         for _ in range(100):
             next(stream)
-    data.max_broken = 1.0
-    rows = [row for _ in range(100) for row in next(Stream(documents, 30, rows=4, n_patches=16))]
+    rows = [row for _ in range(100) for row in next(Stream(documents, 30, rows=4, n_patches=16, skipped=Skipped("documents", 1.0)))]
     for row in rows:
         batch = collate([row], BYTES, 30, 16)
         assert (batch.image_id >= 0).sum() == 16 * len(batch.images)
@@ -431,9 +440,11 @@ def test_stream_uses_every_document_once_and_none_waits_for_ever():
 
 def test_document_longer_than_a_row_is_left_out_and_named_until_they_are_many(capsys):
     with pytest.raises(ValueError, match="documents .* had to be left out.*letters .* takes .* positions and seq_len is 20"):
+        next(Stream(documents(), 20, rows=1, n_patches=16, skipped=Skipped("documents (with --seq_len 20)", 0.05)))
+    with pytest.raises(ValueError, match="letters .* takes .* positions and seq_len is 20"):  # none may be left out
         next(Stream(documents(), 20, rows=1, n_patches=16))
     capsys.readouterr()
-    stream = Stream(documents(), 44, rows=1, n_patches=16)  # 26 letters and 19 positions are one too many
+    stream = Stream(documents(), 44, rows=1, n_patches=16, skipped=Skipped("documents", 0.05))  # 26 letters and 19 positions are one too many
     rows = [next(stream)[0] for _ in range(60)]
     assert stream.skipped.skipped > 0 and all(document_length(document, 16) < 45 for row in rows for document in row)
     assert "takes 45 positions and seq_len is 44" in capsys.readouterr().err
@@ -523,6 +534,8 @@ def test_losses_count_each_target_once():
     assert per_image.shape == (2,)
 
 
-def test_script_shows_a_batch():
+def test_scripts_show_a_batch_and_scenes():
     code, out, _ = run_here("data.py")
-    assert code == 0 and "<BOI>" in out and "held_out" in out
+    assert code == 0 and "<BOI>" in out
+    code, out, _ = run_here("extras/scenes.py")
+    assert code == 0 and "held_out" in out

@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import FIXTURES, run_here
 
-from diffusion import DDPM, guide
+from diffusion import DDPM, DiffusionConfig, guide
+from extras import cli
 
 DIFFUSERS = np.load(FIXTURES / "diffusers.npz")  # see make_fixtures.py
 SAMPLED = np.load(FIXTURES / "samplers.npz")
@@ -13,13 +14,13 @@ X_T, OUTPUT, NOISE = (torch.tensor(DIFFUSERS[name]) for name in ("x_t", "output"
 
 
 def test_schedule_equals_diffusers():
-    np.testing.assert_allclose(DDPM().abar[1:], DIFFUSERS["alphas_cumprod"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(DDPM().alphas_cumprod[1:], DIFFUSERS["alphas_cumprod"], rtol=0, atol=1e-6)
 
 
 def test_alpha_and_sigma_start_at_the_clean_image():
     ddpm = DDPM()
     assert (ddpm.alpha[0], ddpm.sigma[0]) == (1, 0)
-    torch.testing.assert_close(ddpm.alpha.square(), torch.tensor(ddpm.abar).float())
+    torch.testing.assert_close(ddpm.alpha.square(), ddpm.alphas_cumprod.float())
     torch.testing.assert_close(ddpm.alpha.square() + ddpm.sigma.square(), torch.ones(1001))
 
 
@@ -72,7 +73,7 @@ def test_images_at_different_steps_do_not_mix(sampler, eta, prediction):
     """A step of four images, each from its own t to its own s, is four steps of one image."""
     ddpm, draw = DDPM(prediction=prediction), torch.Generator().manual_seed(0)
     x_t, output, noise, x_0_before = torch.randn(4, 4, 2, 3, 3, generator=draw)
-    t, s, t_before = np.array([990, 40, 500, 2]), np.array([800, 0, 499, 1]), np.array([0, 80, 501, 700])
+    t, s, t_before = torch.tensor([990, 40, 500, 2]), torch.tensor([800, 0, 499, 1]), torch.tensor([0, 80, 501, 700])
     together = ddpm.step(sampler, output, x_t, t, s, noise, eta, t_before, x_0_before)
     for i in range(4):
         one = [z[i : i + 1] for z in (output, x_t, noise, x_0_before)]
@@ -98,7 +99,7 @@ def test_impossible_number_of_steps_is_refused(steps, prediction, first):
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="eps, v"):
-        DDPM(prediction="x_0")
+        cli.make(DiffusionConfig, vars(DiffusionConfig()) | {"prediction": "x_0"})  # where configurations come in
     with pytest.raises(ValueError, match="ddpm, ddim, dpm"):
         DDPM().sample(lambda x, t: x, X_T, 2, sampler="euler")
     with pytest.raises(ValueError, match="eta is 1.5"):
@@ -121,7 +122,7 @@ def noised(prediction, n=2000):
 def test_perfect_predictor_has_no_loss(prediction):
     """And what it predicts reads back as the noise and the clean latents."""
     ddpm, x_0, t, eps, x_t = noised(prediction, n=50)
-    abar = torch.tensor(ddpm.abar).float()[t][:, None, None, None]
+    abar = ddpm.alphas_cumprod.float()[t][:, None, None, None]
     perfect = eps if prediction == "eps" else abar.sqrt() * eps - (1 - abar).sqrt() * x_0
     assert ddpm.loss(perfect, x_0, t, eps).shape == (50,)
     assert ddpm.loss(perfect, x_0, t, eps).max() < 1e-8
@@ -187,7 +188,7 @@ MEAN, STD = 1.5, 0.4  # of data whose best predictor is known in closed form
 
 def best_predictor(ddpm):
     """What a perfect network would answer where the data are N(MEAN, STD^2)."""
-    abar = torch.tensor(ddpm.abar)
+    abar = ddpm.alphas_cumprod
 
     def best(x, t):
         alpha, sigma = abar[t].sqrt(), (1 - abar[t]).sqrt()

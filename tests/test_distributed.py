@@ -14,13 +14,13 @@ import torch
 from conftest import ROOT, TINY, flags
 
 import train
-from train import Run, parse
-from vae import load_checkpoint
+from extras.runs import load_checkpoint
+from train import parse, save, set_up, train_step, validate
 
 RANKS = Path(__file__).parent / "ranks.py"
 STEPS, HELD_OUT = 3, 30
 UNET = dict(patch_encoder="unet", unet_channels=64, unet_blocks=1)
-DISCRETE = dict(config="chameleon", vae_codebook=32, micro_rows=1, caption_first=0.5)
+DISCRETE = dict(config="chameleon", codebook=32, micro_rows=1, caption_first=0.5)
 
 
 def torchrun(*args, cwd, timeout=300):
@@ -44,9 +44,9 @@ def options(out, vae, **change):
 @pytest.fixture(scope="module")
 def one_process(trained_vae, tmp_path_factory):
     """The reference: one process, one micro-batch -> (run after STEPS steps and saved, what the steps logged)."""
-    run = Run(*parse(options(tmp_path_factory.mktemp("one") / "out", trained_vae)))
-    values = [run.train_step() for _ in range(STEPS)]
-    run.save()
+    run = set_up(*parse(options(tmp_path_factory.mktemp("one") / "out", trained_vae)))
+    values = [train_step(run) for _ in range(STEPS)]
+    save(run)
     return run, values
 
 
@@ -99,7 +99,7 @@ def assert_same_state(folder, run):
     """The checkpoint in a folder holds a run's weights, averages, and optimiser's moments, which are the gradients so far.
     (Element by element the weights are further apart: Adam's first steps are the signs of gradients, some of them near 0.)"""
     state = load_checkpoint(folder / "checkpoint.pt")
-    run.save()
+    save(run)
     expected = load_checkpoint(run.checkpoint)
     assert state["step"] == expected["step"] and state["stream"] == expected["stream"]
     for name, value in expected["model"].items():
@@ -119,8 +119,8 @@ def assert_equal_states(found, expected):
 
 def test_the_rows_differ_in_what_the_means_are_over(one_process, trained_vae, tmp_path):
     """Or means of the ranks' means would pass the tests below."""
-    run = Run(*parse(options(tmp_path / "out", trained_vae, micro_rows=1)))
-    targets, images = zip(*(run.counts(batch) for batch, _ in run.micro_batches()))
+    run = set_up(*parse(options(tmp_path / "out", trained_vae, micro_rows=1)))
+    targets, images = zip(*(run.objective.counts(batch) for batch, _ in [(next(run.loader), rows) for rows in run.micro_rows]))
     assert len(set(targets)) > 1 and len(set(images)) > 1
 
 
@@ -132,15 +132,15 @@ def test_two_processes_equal_one(name, one_process, two_processes):
     assert found["ranks"] == 2
     assert_close(found["steps"], values)
     assert_same_state(two_processes / name, run)
-    expected = run.validate()
+    expected = validate(run)
     assert found["validation"]["val_lm"] == pytest.approx(expected["val_lm"], rel=1e-4)
     assert found["validation"]["val_ddpm"] == pytest.approx(expected["val_ddpm"], rel=1e-4)
 
 
 def test_bf16_too(two_processes, trained_vae, tmp_path):
     """autocast, and FSDP2's bfloat16 parameters, beside one process; the weights that are saved, of which FSDP2 makes them, are float32."""
-    run = Run(*parse(options(tmp_path / "out", trained_vae, precision="bf16")))
-    values = [run.train_step() for _ in range(STEPS)]
+    run = set_up(*parse(options(tmp_path / "out", trained_vae, precision="bf16")))
+    values = [train_step(run) for _ in range(STEPS)]
     for how in ("bf16_ddp", "bf16_fsdp"):
         assert_close(values_of(two_processes / how)["steps"], values, rtol=2e-2)
         state = load_checkpoint(two_processes / how / "checkpoint.pt")
@@ -176,21 +176,21 @@ def test_gradients_travel_once_a_step(two_processes):
 
 def test_micro_batches_equal_one_batch(one_process, trained_vae, tmp_path):
     run, values = one_process
-    accumulated = Run(*parse(options(tmp_path / "out", trained_vae, micro_rows=1)))
-    assert_close([accumulated.train_step() for _ in range(STEPS)], values)
+    accumulated = set_up(*parse(options(tmp_path / "out", trained_vae, micro_rows=1)))
+    assert_close([train_step(accumulated) for _ in range(STEPS)], values)
 
 
 def test_muon_too(two_processes, trained_vae, tmp_path):
-    run = Run(*parse(options(tmp_path / "out", trained_vae, optimizer="muon")))
-    assert_close(values_of(two_processes / "muon")["steps"], [run.train_step() for _ in range(STEPS)])
+    run = set_up(*parse(options(tmp_path / "out", trained_vae, optimizer="muon")))
+    assert_close(values_of(two_processes / "muon")["steps"], [train_step(run) for _ in range(STEPS)])
     state = load_checkpoint(two_processes / "muon/checkpoint.pt")["optimizer"]["state"]
     assert "momentum_buffer" in state["blocks.0.mlp.down.weight"] and "exp_avg" in state["head.weight"]
 
 
 def test_a_unet_too(two_processes, trained_vae, tmp_path):
     """Copied or shared; the weights, in FSDP2, belong to the root, whose forward calls both halves."""
-    run = Run(*parse(options(tmp_path / "out", trained_vae, **UNET)))
-    values = [run.train_step() for _ in range(STEPS)]
+    run = set_up(*parse(options(tmp_path / "out", trained_vae, **UNET)))
+    values = [train_step(run) for _ in range(STEPS)]
     for how in ("ddp", "fsdp"):
         assert_close(values_of(two_processes / f"unet_{how}")["steps"], values)
         assert_same_state(two_processes / f"unet_{how}", run)
@@ -198,22 +198,22 @@ def test_a_unet_too(two_processes, trained_vae, tmp_path):
 
 def test_discrete_images_too(two_processes, tmp_path):
     """Where the mean is over all the targets of the step, those in images included."""
-    run = Run(*parse(options(tmp_path / "out", two_processes / "discrete/vae.pt", **DISCRETE | dict(micro_rows=2))))  # validates on as many rows as two processes with one
+    run = set_up(*parse(options(tmp_path / "out", two_processes / "discrete/vae.pt", **DISCRETE | dict(micro_rows=2))))  # validates on as many rows as two processes with one
     found = values_of(two_processes / "discrete")
-    assert_close(found["steps"], [run.train_step() for _ in range(STEPS)])
-    assert found["validation"] == pytest.approx(run.validate(), rel=1e-4) and found["validation"]["val_codes"] > 0
+    assert_close(found["steps"], [train_step(run) for _ in range(STEPS)])
+    assert found["validation"] == pytest.approx(validate(run), rel=1e-4) and found["validation"]["val_codes"] > 0
 
 
 def test_checkpoints_move_between_numbers_of_processes(one_process, two_processes, trained_vae, tmp_path):
     """One process's checkpoint goes on in two that share the weights, and two processes' in one: as if nothing had happened."""
-    straight = Run(*parse(options(tmp_path / "straight", trained_vae)))
-    values = [straight.train_step() for _ in range(STEPS + 2)]
+    straight = set_up(*parse(options(tmp_path / "straight", trained_vae)))
+    values = [train_step(straight) for _ in range(STEPS + 2)]
     assert_close(values_of(two_processes / "resumed")["steps"], values[STEPS:])
     assert_same_state(two_processes / "resumed", straight)
 
-    on_one = Run(parse(options(two_processes / "ddp", trained_vae))[0], resume=True)
+    on_one = set_up(parse(options(two_processes / "ddp", trained_vae))[0], resume=True)
     assert on_one.step == STEPS
-    assert_close([on_one.train_step() for _ in range(2)], values[STEPS:])
+    assert_close([train_step(on_one) for _ in range(2)], values[STEPS:])
 
 
 @pytest.mark.slow
@@ -252,7 +252,7 @@ def test_ctrl_c_under_torchrun(trained_vae, tmp_path):
 
 def test_rows_that_the_processes_cannot_share(trained_vae, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="multiple of the 1 processes times micro_rows, 3"):
-        Run(*parse(options(tmp_path / "out", trained_vae, micro_rows=3)))
+        set_up(*parse(options(tmp_path / "out", trained_vae, micro_rows=3)))
     monkeypatch.setattr(train, "join", lambda name: (0, 3, torch.device("cpu")))
     with pytest.raises(ValueError, match="multiple of the 3 processes$"):
-        Run(*parse(options(tmp_path / "out", trained_vae)))
+        set_up(*parse(options(tmp_path / "out", trained_vae)))

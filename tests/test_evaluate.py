@@ -13,9 +13,15 @@ from conftest import FIXTURES, frechet_features, run_here, tiny_model, tiny_trai
 from PIL import Image
 
 import evaluate as evaluate_module
-from data import BACKGROUNDS, COLOURS, GRAMMARS, PLACES, RELATIONS, DataConfig, Pairs, Scenes, Tokenizer, open_pairs
-from evaluate import (ASPECTS, cider, clip_scorer, components, evaluate, format_scores, frechet_distance, inception_features, judge, latent_features,
-                      parse_caption, perplexity, prompt_accuracy, read_scene, read_texts, words)  # fmt: skip
+import extras
+from data import Tokenizer
+from evaluate import draw, evaluate, format_scores, perplexity
+from extras.judge import ASPECTS, components, exact, judge, parse_caption, read_scene
+from extras.metrics import cider, clip_metric, frechet_distance, inception_features, latent_features, words
+from extras.pairs import Pairs
+from extras.scenes import BACKGROUNDS, COLOURS, GRAMMARS, PLACES, RELATIONS, Scenes
+from extras.text import read_texts
+from extras.tokenizers import BPETokenizer
 
 SIZES = [("places", 32), ("relations", 32), ("rich", 64), ("rich", 256)]
 SPLITS = Scenes.SPLITS[1:]
@@ -163,11 +169,11 @@ def test_what_is_no_scene_is_rejected(kind, grammar, image_size):
 def test_a_shapeless_blob_is_no_shape_and_an_odd_colour_no_colour():
     pixels = np.full((32, 32, 3), 246, np.uint8)
     pixels[4:14, 4:6], pixels[12:14, 4:14] = COLOURS["red"], COLOURS["red"]  # an L
-    _, (blob,) = read_scene(pixels, GRAMMARS["places"].kinds)
+    _, (blob,) = read_scene(pixels, "places")
     assert (blob.colour, blob.kind) == ("red", "?")
     scene = scenes("places", 32, 1)[0]
     brown = np.where((scene.render() == 246).all(-1, keepdims=True), scene.render(), np.uint8([90, 60, 30]))
-    assert {blob.colour for blob in read_scene(brown, GRAMMARS["places"].kinds)[1]} <= {"?"}
+    assert {blob.colour for blob in read_scene(brown, "places")[1]} <= {"?"}
 
 
 def test_components():
@@ -233,7 +239,7 @@ def flat_model(tokenizer):
 def test_perplexity_of_knowing_nothing():
     """Per token the size of the vocabulary; per byte, less where a token stands for several bytes."""
     captions = [Scenes().example(i).caption for i in range(150)]
-    for tokenizer in (Tokenizer(), Tokenizer.learn(captions, 100)):
+    for tokenizer in (Tokenizer(), BPETokenizer.learn(captions, 100)):
         per_token, per_byte = perplexity(tiny_trained(flat_model(tokenizer), tokenizer), captions)
         assert per_token == pytest.approx(tokenizer.vocab_size, rel=1e-4)
         tokens, text = sum(len(tokenizer.encode(c)) for c in captions), sum(len(c.encode()) for c in captions)
@@ -261,11 +267,10 @@ def truth(pairs, wrong=0):
 
 
 @pytest.mark.parametrize("wrong", [0, 5])
-def test_accuracies_count_what_is_right(wrong, monkeypatch):
+def test_accuracies_count_what_is_right(wrong):
     """Of a model that is right but for `wrong` of 20 answers, in both directions and on every split."""
     pairs = [Scenes(split=split, seed=1).pair(i) for split in SPLITS for i in range(20)]
-    monkeypatch.setattr(evaluate_module, "generate", truth(pairs, wrong))
-    scores = evaluate(tiny_trained(flat_model(Tokenizer())), judged=20)
+    scores = evaluate(tiny_trained(flat_model(Tokenizer())), judged=20, generate=truth(pairs, wrong))
     assert list(scores["splits"]) == list(SPLITS) and scores["judged"] == 20
     for found in scores["splits"].values():
         assert found["n"] == 20 and found["prompts"]["all"] == found["captions"]["all"] == (20 - wrong) / 20
@@ -274,10 +279,11 @@ def test_accuracies_count_what_is_right(wrong, monkeypatch):
     assert f"{100 * (20 - wrong) / 20:.1f}" in table and all(split.replace("_", " ") + ", prompts" in table for split in SPLITS)
 
 
-def test_prompt_accuracy_returns_its_pictures(monkeypatch):
+def test_prompts_are_judged_by_the_pictures_drawn():
     pairs = [Scenes().pair(i) for i in range(7)]
-    monkeypatch.setattr(evaluate_module, "generate", truth(pairs))
-    found, pictures = prompt_accuracy(tiny_trained(flat_model(Tokenizer())), [caption for caption, _ in pairs], "places")
+    captions = [caption for caption, _ in pairs]
+    pictures = draw(tiny_trained(flat_model(Tokenizer())), captions, generate=truth(pairs))
+    found = exact("places")(pictures, pictures, captions, [[caption] for caption in captions])["prompts"]
     assert found == dict.fromkeys(ASPECTS, 1.0) and np.array_equal(pictures[3], pairs[3][1]())
 
 
@@ -348,26 +354,23 @@ def own_data(folder, n=30):
 
 def of_folder(folder):
     """The tiny model, as if trained on that folder."""
-    trained = tiny_trained(flat_model(Tokenizer()), steps=1)
-    trained.config["data"] |= dict(data=str(folder), max_broken=0.5)
-    return trained
+    trained = tiny_trained(flat_model(Tokenizer()), steps=1, data=str(folder))
+    return replace(trained, data=replace(trained.data, max_broken=0.5))
 
 
 @pytest.mark.parametrize("wrong", [0, 5])
 def test_real_data_is_scored_by_cider_and_the_distance_of_latents(wrong, tmp_path, monkeypatch):
     """Of a model that is right, or `wrong` times gives another's answer."""
     trained = of_folder(own_data(tmp_path / "data", 100))
-    config = DataConfig(**trained.config["data"])
-    pairs = [open_pairs(config, split, 1).pair(i) for split in Pairs.SPLITS[1:] for i in range(5)]
-    monkeypatch.setattr(evaluate_module, "generate", truth(pairs, wrong))
-    scores = evaluate(trained, judged=5)
+    pairs = [extras.open_pairs(trained, split, 1).pair(i) for split in Pairs.SPLITS[1:] for i in range(5)]
+    scores = evaluate(trained, judged=5, generate=truth(pairs, wrong))
     for found in scores["splits"].values():
         assert found["n"] == 5 and (found["captions"]["all"] == 1) == (not wrong)
         assert (found["cider"] > 9) == (not wrong) and found["latent_frechet_distance"] == pytest.approx(0, abs=1e-6)  # the same pictures, in another order
     table = format_scores(scores)
     assert "CIDEr-D" in table and "not FID" in table and "no FID: give --inception" in table and "no CLIP score: give --clip" in table
-    monkeypatch.setattr(evaluate_module, "draw", lambda trained, captions, seed: [np.zeros((32, 32, 3), np.uint8)] * len(captions))
-    assert all(found["latent_frechet_distance"] > 1 for found in evaluate(trained, judged=5)["splits"].values())
+    monkeypatch.setattr(evaluate_module, "draw", lambda trained, captions, *_: [np.zeros((32, 32, 3), np.uint8)] * len(captions))
+    assert all(found["latent_frechet_distance"] > 1 for found in evaluate(trained, judged=5, generate=truth(pairs, wrong))["splits"].values())
 
 
 def test_scenes_are_asked_for_no_files():
@@ -400,7 +403,7 @@ def test_texts_are_read(tmp_path):
 def test_script_says_at_once_that_a_text_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = run_here("evaluate.py", "--text", "none.txt")
-    assert code == 1 and err == "error: --text none.txt: no such file\n"
+    assert code == 1 and err == "error: none.txt: no such file\n"
 
 
 def test_the_folder_of_the_scores_is_left_to_be_made_and_a_file_is_none(tmp_path):
@@ -421,6 +424,11 @@ def test_ctrl_c_ends_it_quietly(monkeypatch):
 # ---- Other people's networks ----------------------------------------------------------------------------------------
 
 
+def clip_score(folder, pictures, captions):
+    """That of pictures which were drawn from these captions."""
+    return clip_metric(folder)(None, pictures, None, [[caption, "another"] for caption in captions])["clip_score"]
+
+
 def test_without_the_packages_it_says_what_to_get(tmp_path, monkeypatch):
     for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3", "transformers", "open_clip"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
@@ -429,13 +437,13 @@ def test_without_the_packages_it_says_what_to_get(tmp_path, monkeypatch):
     for config in ("config.json", "open_clip_config.json"):
         (tmp_path / config).write_text("{}")
         with pytest.raises(ValueError, match="no CLIP score .*pip install") as error:
-            clip_scorer(tmp_path)
+            clip_metric(tmp_path)
         assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_a_clip_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--clip .*there is no config.json"):
-        clip_scorer(tmp_path)
+        clip_metric(tmp_path)
 
 
 def test_inception_weights_that_are_none_are_refused(tmp_path):
@@ -489,10 +497,10 @@ def test_clip_score_equals_transformers(tmp_path):
         mask = torch.arange(16) < (ids == 53).int().argmax(1, keepdim=True) + 1
         cosines = (model(input_ids=ids, pixel_values=pixels, attention_mask=mask.long()).logits_per_image / model.logit_scale.exp()).diagonal()
     assert (cosines > 0).any() and (cosines < 0).any()
-    assert clip_scorer(tmp_path)(pictures, captions) == pytest.approx(100 * cosines.clamp(min=0).mean().item(), abs=0.01)
+    assert clip_score(tmp_path, pictures, captions) == pytest.approx(100 * cosines.clamp(min=0).mean().item(), abs=0.01)
     (tmp_path / "model.safetensors").write_bytes(b"hello")
     with pytest.raises(ValueError, match="--clip .*no CLIP score"):
-        clip_scorer(tmp_path)
+        clip_metric(tmp_path)
 
 
 def test_clip_score_equals_open_clip(tmp_path):
@@ -510,4 +518,4 @@ def test_clip_score_equals_open_clip(tmp_path):
         image = model.encode_image((torch.from_numpy(np.stack(pictures)).movedim(-1, 1) / 255 - 0.5) / 0.25, normalize=True)
         cosines = (image * model.encode_text(open_clip.tokenize(captions), normalize=True)).sum(-1)
     assert cosines.std() > 0.01 and (cosines > 0).any()
-    assert clip_scorer(tmp_path)(pictures, captions) == pytest.approx(100 * cosines.clamp(min=0).mean().item(), abs=0.01)
+    assert clip_score(tmp_path, pictures, captions) == pytest.approx(100 * cosines.clamp(min=0).mean().item(), abs=0.01)

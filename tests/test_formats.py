@@ -15,19 +15,24 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, flags, run_here
+from conftest import ROOT, TINY, divide, flags, run_here
 from PIL import Image
 
 import data
-from data import (BatchDataset, DataConfig, Documents, JSONTokenizer, Loader, Mixture, Pairs, Picture, Scenes, Skipped, Stream, TextFiles, Tokenizer,
-                  fitting, load_image, open_pairs, open_text, open_tokenizer, readable, restore_tokenizer)  # fmt: skip
+from data import BatchDataset, DataConfig, Loader, PairDocuments, Picture, Stream, Tokenizer
+from extras import Choices, open_pairs, open_text, open_tokenizer, pairs, restore_tokenizer
+from extras.pairs import Pairs, load_image
+from extras.scenes import Scenes
+from extras.sources import Mixture, Skipped, WithText, fitting, readable, say
+from extras.text import TextFiles
+from extras.tokenizers import BPETokenizer, JSONTokenizer
 from sample import load
 
 BYTES = Tokenizer()
@@ -35,7 +40,18 @@ BYTES = Tokenizer()
 
 @pytest.fixture(autouse=True)
 def nothing_said_before():
-    data.say.cache_clear()
+    say.cache_clear()
+
+
+def configured(**options):
+    """Options as what opens sources takes them."""
+    own, extra = divide({"image_size": 8} | options, DataConfig, Choices)
+    return SimpleNamespace(data=DataConfig(**own), extra=Choices(**extra))
+
+
+def with_text(documents, config, text):
+    """The recipe with text alone between its documents, if there is any."""
+    return WithText(documents, text, config.data.text_fraction, 16) if text else documents
 
 
 def image_bytes(shade, kind="PNG", size=(12, 10)):
@@ -75,7 +91,7 @@ def shards(tmp_path):
 
 def everything(path, **options):
     """All captions of a source, both splits, one epoch."""
-    return sorted(pairs.pair(i)[0] for split in ("train", "held_out") for pairs in [Pairs(path, 8, split, **options)] for i in range(len(pairs)))
+    return sorted(source.pair(i)[0] for split in ("train", "held_out") for source in [Pairs(path, 8, split, **options)] for i in range(len(source)))
 
 
 # ---- Tars -----------------------------------------------------------------------------------------------------------
@@ -120,7 +136,7 @@ def test_folders_are_read_once_and_again_when_a_caption_changes(tmp_path, monkey
     path = folder_with(tmp_path / "data", set(), 30)
     before = everything(path)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "folder_records", lambda *_: 1 / 0)
+        patch.setattr(pairs, "join", lambda *_: 1 / 0)
         assert everything(path) == before and len(list((path / ".transfusion").iterdir())) == 1
     (path / "007.txt").write_text("another caption")
     assert "another caption" in (after := everything(path))
@@ -256,9 +272,9 @@ def test_bad_captions_in_tars(files, kind, tmp_path, capsys):
 
 def test_a_table_takes_no_memory_per_pair(tmp_path):
     """Only numpy arrays, mapped from disk; `bench.py data --pairs 210000` measures it."""
-    pairs = Pairs(write_tar(tmp_path / "a.tar", numbered(range(50))), 8)
-    assert isinstance(pairs.table.blob, np.memmap) and isinstance(pairs.table.rows.base, np.memmap)
-    assert not any(isinstance(value, (list, dict, set)) and len(value) > 1 for value in (vars(pairs) | vars(pairs.table)).values())
+    source = Pairs(write_tar(tmp_path / "a.tar", numbered(range(50))), 8)
+    assert isinstance(source.table.blob, np.memmap) and isinstance(source.table.rows.base, np.memmap)
+    assert not any(isinstance(value, (list, dict, set)) and len(value) > 1 for value in (vars(source) | vars(source.table)).values())
 
 
 # ---- COCO -----------------------------------------------------------------------------------------------------------
@@ -280,14 +296,14 @@ def write_coco(path, folder, n=12, **change):
     ("annotations/captions_val2014.json", "images/val2014"), ("captions_train2017.json", "train2017"),
 ])  # fmt: skip
 def test_coco_finds_its_pictures_and_takes_another_caption_each_epoch(name, folder, tmp_path):
-    pairs = Pairs(write_coco(tmp_path / name, tmp_path / folder), 8)
-    n = len(pairs)
+    source = Pairs(write_coco(tmp_path / name, tmp_path / folder), 8)
+    n = len(source)
     assert n + len(Pairs(tmp_path / name, 8, "held_out")) == 12
     seen = {}
     for i in range(5 * n):
-        caption, load = pairs.pair(i)
+        caption, load = source.pair(i)
         _, k, _, picture = caption.split()
-        assert abs(int(load()[0, 0, 0]) - 10 * int(picture)) < 4 and len(pairs.captions(i)) == 5 and caption in pairs.captions(i)
+        assert abs(int(load()[0, 0, 0]) - 10 * int(picture)) < 4 and len(source.captions(i)) == 5 and caption in source.captions(i)
         seen.setdefault(picture, []).append(k)
     assert len(seen) == n and all(sorted(ks) == list("01234") for ks in seen.values())
 
@@ -331,28 +347,28 @@ def test_coco_without_its_pictures_says_where_it_looked(tmp_path):
 
 def test_sources_are_mixed_by_weight(shards, tmp_path):
     coco = write_coco(tmp_path / "c.json", tmp_path / "images")
-    pairs = open_pairs(DataConfig(data=f"{shards}:3,{coco}", image_size=8), "train", seed=1)
-    assert isinstance(pairs, Mixture) and len(pairs) == sum(len(Pairs(path, 8)) for path in (shards, coco))
-    captions = [pairs.pair(i)[0] for i in range(2048)]
+    mixed = open_pairs(configured(data=f"{shards}:3,{coco}"), "train", seed=1)
+    assert isinstance(mixed, Mixture) and len(mixed) == sum(len(Pairs(path, 8)) for path in (shards, coco))
+    captions = [mixed.pair(i)[0] for i in range(2048)]
     assert sum(caption.startswith("picture") for caption in captions) == 1536
-    again = open_pairs(DataConfig(data=f"{shards}:3,{coco}", image_size=8), "train", seed=1)
+    again = open_pairs(configured(data=f"{shards}:3,{coco}"), "train", seed=1)
     assert captions == [again.pair(i)[0] for i in range(2048)]
     often = Counter(caption for caption in captions if caption.startswith("picture")).values()
     assert max(often) - min(often) <= 1  # by epochs of its own, not drawn with repetition
-    load = pairs.pair(0)[1]
-    assert load().shape == (8, 8, 3) and pairs.captions(0) and pairs.name(0)
+    load = mixed.pair(0)[1]
+    assert load().shape == (8, 8, 3) and mixed.captions(0) and mixed.name(0)
 
 
 def test_a_path_may_look_like_a_list(shards, tmp_path):
     odd = tmp_path / "a,b:2"
     shards.rename(odd)
-    assert isinstance(open_pairs(DataConfig(data=str(odd), image_size=8)), Pairs)
+    assert isinstance(open_pairs(configured(data=str(odd))), Pairs)
 
 
 @pytest.mark.parametrize("item", ["{}:0", "{}:1.2.3", "{},", ":3"])
 def test_wrong_weights_are_refused(item, shards):
     with pytest.raises(ValueError, match="--data"):
-        open_pairs(DataConfig(data=item.format(shards), image_size=8))
+        open_pairs(configured(data=item.format(shards)))
 
 
 # ---- Pictures -------------------------------------------------------------------------------------------------------
@@ -425,11 +441,15 @@ def folder_with(path, broken, n=120):
     return path
 
 
-def loader(path, workers=0, rows=3, seed=0, text=None, **more):
-    config = DataConfig(data=str(path), image_size=8, seq_len=96, **{"text_fraction": 0.0} | more)
-    pairs = open_pairs(config, "train", seed)
-    documents = Documents(pairs, BYTES, config, seed=seed, text=open_text(config, BYTES, "train", seed), n_patches=16)
-    return Loader(Stream(documents, 96, rows, 16), BYTES, workers)
+def loader(path, workers=0, rows=3, seed=0, text=None, batch_rows=None, **more):
+    config = configured(data=str(path), seq_len=96, **{"text": text or "", "text_fraction": 0.0} | more)
+    documents = PairDocuments(open_pairs(config, "train", seed), BYTES, config.data, seed=seed)
+    documents = with_text(documents, config, open_text(config, BYTES, "train", seed))
+    return Loader(packed(documents, config.data.max_broken, rows), BYTES, workers, batch_rows, Skipped("pictures", config.data.max_broken))
+
+
+def packed(documents, max_broken=0.05, rows=3):
+    return Stream(documents, 96, rows, 16, skipped=Skipped("documents", max_broken))
 
 
 def same(a, b):
@@ -460,11 +480,11 @@ def test_a_broken_picture_gives_its_place_to_a_following_pair(tmp_path, capsys):
 def test_the_place_is_never_too_small(tmp_path):
     """Whatever takes the place of a document is no longer than it, or the row would overflow."""
     path = folder_with(tmp_path / "data", {i for i in range(0, 120, 3)})
-    config = DataConfig(data=str(path), image_size=8, seq_len=96, max_broken=1.0, text_fraction=0.0)
-    documents = Documents(open_pairs(config), BYTES, config)
+    config = configured(data=str(path), seq_len=96, max_broken=1.0, text_fraction=0.0)
+    documents = PairDocuments(open_pairs(config), BYTES, config.data)
     for i in range(200):
         document, errors = documents(i), []
-        final, pixels = data.load_pictures(document, errors)
+        final, pixels = data.load_images(document, errors)
         assert len(pixels) == 1 and data.document_length(final, 16) <= data.document_length(document, 16)
         order = lambda d: [isinstance(s, Picture) for s in d]
         assert order(final) == order(document) and bool(errors) == (final is not document)
@@ -478,15 +498,15 @@ def test_too_many_broken_pictures_stop_training(tmp_path):
     with pytest.raises(ValueError, match="jpg: cannot be read as an image"):
         next(loader(folder_with(tmp_path / "all", set(range(120))), max_broken=1.0))
     with pytest.raises(ValueError, match="jpg: cannot be read as an image"):
-        readable(Pairs(tmp_path / "all", 8), itertools.count(), 3)
+        readable(Pairs(tmp_path / "all", 8), itertools.count(), 3, Skipped("pictures", 1.0))
 
 
 def test_readable_goes_on_to_the_next(tmp_path):
-    pairs = Pairs(folder_with(tmp_path / "data", {3, 40, 77}), 8)
+    source = Pairs(folder_with(tmp_path / "data", {3, 40, 77}), 8)
     skipped = Skipped("pictures", 0.5)
-    found = readable(pairs, itertools.count(), 90, skipped)
+    found = readable(source, itertools.count(), 90, skipped)
     assert len(found) == 90 and skipped.seen == 90 + skipped.skipped and 0 < skipped.skipped <= 3
-    assert all(pixels.shape == (8, 8, 3) and pairs.pair(i)[0].split()[0] not in ("3", "40", "77") for i, pixels in found)
+    assert all(pixels.shape == (8, 8, 3) and source.pair(i)[0].split()[0] not in ("3", "40", "77") for i, pixels in found)
 
 
 def test_a_document_too_long_is_counted_once(tmp_path, capsys):
@@ -494,16 +514,16 @@ def test_a_document_too_long_is_counted_once(tmp_path, capsys):
     path = folder_with(tmp_path / "data", set())
     held_out = Pairs(path, 8, "held_out")
     Path(held_out.name(0)).with_suffix(".txt").write_text("far too long " * 40)
-    config = DataConfig(data=str(path), image_size=8, seq_len=96, text_fraction=0.0)
-    stream = Stream(Documents(open_pairs(config, "held_out"), BYTES, config), 96, 3, 16)
+    config = configured(data=str(path), seq_len=96, text_fraction=0.0)
+    stream = packed(PairDocuments(open_pairs(config, "held_out"), BYTES, config.data))
     for _ in range(20 * len(held_out)):
         next(stream)
     assert stream.skipped.skipped == 1 and stream.skipped.seen > 10 * len(held_out)
     for i in range(len(held_out)):
         Path(held_out.name(i)).with_suffix(".txt").write_text("far too long " * 40)
-    config.max_broken = 1.0
+    config.data.max_broken = 1.0
     with pytest.raises(ValueError, match=f"all {len(held_out)} pairs of a split are too long: .*raise --seq_len"):
-        next(Stream(Documents(open_pairs(config, "held_out"), BYTES, config), 96, 3, 16))
+        next(packed(PairDocuments(open_pairs(config, "held_out"), BYTES, config.data), 1.0))
 
 
 def test_a_picture_that_vanishes_later_is_skipped_too(tmp_path):
@@ -537,8 +557,7 @@ def test_loader_gives_the_same_batches_and_goes_on_from_its_state(workers, tmp_p
 
 def test_loader_can_cut_a_step_into_parts(tmp_path):
     path = folder_with(tmp_path / "data", set())
-    whole, parts = loader(path, rows=5), loader(path, rows=5)
-    parts.batch_rows = 2
+    whole, parts = loader(path, rows=5), loader(path, rows=5, batch_rows=2)
     for _ in range(3):
         step, cut = next(whole), [next(parts) for _ in range(3)]
         assert [len(batch.tokens) for batch in cut] == [2, 2, 1] and torch.equal(step.tokens, torch.cat([batch.tokens for batch in cut]))
@@ -581,10 +600,11 @@ def test_everything_a_worker_needs_can_be_sent_to_it(shards, tmp_path):
     (tmp_path / "t.txt").write_text("some text and more of it\n" * 200)
     coco = write_coco(tmp_path / "c.json", tmp_path / "images")
     for batches in (loader(f"{shards},{coco}", text=str(tmp_path / "t.txt"), text_fraction=0.5), loader("")):
-        sent = pickle.dumps(BatchDataset(batches.stream, BYTES))
+        dataset = BatchDataset(batches.stream.document, BYTES, 96, 16, strict=False)
+        sent = pickle.dumps(dataset)
         assert len(sent) < 20_000  # paths, not tables
         numbers = [[0, 1], [2, 3, 4]]
-        assert same(pickle.loads(sent)[numbers][0], BatchDataset(batches.stream, BYTES)[numbers][0])
+        assert same(pickle.loads(sent)[numbers][0], dataset[numbers][0])
 
 
 SCRIPT = """
@@ -611,14 +631,14 @@ def test_ctrl_c_prints_no_traceback(tmp_path):
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and "Traceback" not in err and err.count("\n") == 1, err  # that the folder is read once
+    assert process.returncode == 130 and "Traceback" not in err and err.count("\n") == 2, err  # that the folder is read once, and what was found
 
 
 # ---- Text -----------------------------------------------------------------------------------------------------------
 
 
 def text_config(paths, **more):
-    return DataConfig(text=str(paths), **{"seq_len": 40} | more)
+    return configured(text=str(paths), **{"seq_len": 40} | more)
 
 
 def pieces(config, tokenizer=BYTES, split="train", epochs=1):
@@ -646,7 +666,8 @@ def test_only_the_last_piece_of_a_text_ends_with_eos(tmp_path):
     batch = data.collate([[[p]] for _, p in found], BYTES, 40, 0)
     for (text, _), targets in zip(found, batch.targets):
         assert targets[: len(text)].tolist() == list(text) and int(targets[len(text)]) == (data.NO_LOSS if len(text) == 39 else BYTES.eos)
-    documents = Documents(Scenes(), BYTES, replace(config, text_fraction=1.0), text=open_text(config, BYTES), n_patches=16)
+    config.data.text_fraction = 1.0
+    documents = with_text(PairDocuments(Scenes(), BYTES, config.data), config, open_text(config, BYTES))
     assert any(isinstance(pickle.loads(pickle.dumps(documents))(i)[0], data.Cut) for i in range(5))
 
 
@@ -672,7 +693,7 @@ def test_a_folder_of_text_is_the_same_when_it_is_opened_again(tmp_path, monkeypa
 
 def test_text_is_tokenised_once_per_tokenizer_and_length(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a red circle and a blue square " * 40)
-    learned = Tokenizer.learn(["a red circle and a blue square"] * 9, 30)
+    learned = BPETokenizer.learn(["a red circle and a blue square"] * 9, 30)
     a, b = pieces(text_config(tmp_path / "a.txt")), pieces(text_config(tmp_path / "a.txt"), learned)
     assert max(map(max, a)) < 256 <= max(map(max, b))
     assert len(list((tmp_path / ".transfusion").iterdir())) == 2
@@ -715,17 +736,18 @@ def test_text_that_is_not_there(tmp_path):
 def test_text_makes_its_share_of_the_positions(fraction, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "x" * int(rng.integers(5, 200))}) + "\n" for _ in range(400)))
-    config = DataConfig(text=str(tmp_path / "t.jsonl"), text_fraction=fraction, seq_len=128, image_size=8)
-    documents = Documents(Scenes(), BYTES, config, text=open_text(config, BYTES), n_patches=16)
+    config = configured(text=str(tmp_path / "t.jsonl"), text_fraction=fraction, seq_len=128)
+    documents = with_text(PairDocuments(Scenes(), BYTES, config.data), config, open_text(config, BYTES))
     lengths = [(data.document_length(documents(i), 16), any(isinstance(s, Picture) for s in documents(i))) for i in range(3000)]
     assert abs(sum(n for n, pair in lengths if not pair) / sum(n for n, _ in lengths) - fraction) < 0.02
 
 
 def test_built_in_text_goes_with_the_scenes_only(shards):
-    assert open_text(DataConfig(), BYTES).text(0).endswith(".")
-    assert open_text(DataConfig(data=str(shards)), BYTES) is None and open_text(DataConfig(text_fraction=0.0), BYTES) is None
-    scenes = [open_text(DataConfig(), BYTES, split) for split in Scenes.SPLITS]
-    assert len({text.text(3) for text in scenes}) == 4 and scenes[0].text(3) == open_text(DataConfig(), BYTES).text(3)
+    said = lambda text, i: BYTES.decode(text.ids(i))
+    assert said(open_text(configured(), BYTES), 0).endswith(".")
+    assert open_text(configured(data=str(shards)), BYTES) is None and open_text(configured(text_fraction=0.0), BYTES) is None
+    scenes = [open_text(configured(), BYTES, split) for split in Scenes.SPLITS]
+    assert len({said(text, 3) for text in scenes}) == 4 and said(scenes[0], 3) == said(open_text(configured(), BYTES), 3)
     lengths = [len(scenes[0].ids(i)) for i in range(200)]
     assert min(lengths) < 100 and max(lengths) > 700
 
@@ -745,7 +767,7 @@ def tokenizer_json(tmp_path):
 
 
 def test_tokenizer_json(tokenizer_json, tmp_path):
-    tokenizer = open_tokenizer(DataConfig(tokenizer=str(tokenizer_json)), Scenes())
+    tokenizer = open_tokenizer(configured(tokenizer=str(tokenizer_json)), Scenes())
     n = tokenizer.inner.get_vocab_size()
     assert [tokenizer.bos, tokenizer.eos, tokenizer.boi, tokenizer.eoi, tokenizer.pad] == list(range(n, n + 5)) and tokenizer.vocab_size == n + 5
     for text in ("a red circle", "zzyzx naïve 🎨", "", "  two"):
@@ -763,14 +785,14 @@ def test_bad_tokenizer_json(content, tmp_path):
     if content is not None:
         (tmp_path / "t.json").write_bytes(content)
     with pytest.raises(ValueError, match="--tokenizer .*t.json: (is not|No such file)"):
-        open_tokenizer(DataConfig(tokenizer=str(tmp_path / "t.json")), Scenes())
+        open_tokenizer(configured(tokenizer=str(tmp_path / "t.json")), Scenes())
 
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     (tmp_path / "t.json").write_text("{}")
     with pytest.raises(ValueError, match="pip install tokenizers"):
-        open_tokenizer(DataConfig(tokenizer=str(tmp_path / "t.json")), Scenes())
+        open_tokenizer(configured(tokenizer=str(tmp_path / "t.json")), Scenes())
     with pytest.raises(ValueError, match="pip install tokenizers"):
         JSONTokenizer("{}")
 

@@ -12,9 +12,14 @@ from conftest import TINY, flags, run_here, run_script
 from PIL import Image
 from test_pretrained import fixture
 
-from data import Pairs, to_pixels
-from train import Run, parse
-from vae import VAE, load_vae, save_checkpoint, write_latents, write_safetensors
+from data import to_pixels
+from extras import load_vae
+from extras.latents import write_latents
+from extras.pairs import Pairs
+from extras.runs import save_checkpoint
+from extras.weights import write_safetensors
+from train import parse, set_up, train_step
+from vae import VAE
 
 
 @pytest.fixture
@@ -34,12 +39,12 @@ def test_training_on_latents_encoded_once_equals_encoding_on_the_fly(pictures, t
     code, out, err = run_here("vae.py", "--config", "small", "--data", pictures, "--vae", trained_vae, "--encode", tmp_path / "latents")
     assert code == 0 and "1 pictures could not be read" in out and "07.png" in err, err
     options = TINY | dict(data=pictures, vae=trained_vae, rows=4)
-    plain = Run(parse(flags(**options, out=tmp_path / "a"))[0])
-    cached = Run(parse(flags(**options, out=tmp_path / "b", latents=tmp_path / "latents"))[0])
+    plain = set_up(parse(flags(**options, out=tmp_path / "a"))[0])
+    cached = set_up(parse(flags(**options, out=tmp_path / "b", latents=tmp_path / "latents"))[0])
     for _ in range(3):
-        a, b = plain.train_step(), cached.train_step()
+        a, b = train_step(plain), train_step(cached)
         assert a["lm"] == pytest.approx(b["lm"], abs=2e-3) and a["ddpm"] == pytest.approx(b["ddpm"], abs=2e-3)
-    (x_0, _, _), (y_0, _, _) = (run.prepare(next(run.loader), range(4), 9)[1:] for run in (plain, cached))
+    (x_0, _, _), (y_0, _, _) = (run.objective.noised(next(run.loader), range(4), [9])[1:] for run in (plain, cached))
     assert len(x_0) and torch.allclose(x_0, y_0, atol=2e-2) and not torch.equal(x_0, y_0)
 
 
@@ -67,7 +72,7 @@ def test_latents_that_do_not_fit(pictures, trained_vae, tmp_path):
     for change, said in ((dict(vae=tmp_path / "other.pt"), "made by another VAE"), (dict(vae=trained_vae, latents=tmp_path / "none"), "vae.py --encode"), ({}, "give --vae")):
         options = TINY | dict(data=pictures, latents=tmp_path / "latents", out=tmp_path / "out") | change
         with pytest.raises(ValueError, match=said):
-            Run(parse(flags(**options))[0])
+            set_up(parse(flags(**options))[0])
     with pytest.raises(SystemExit, match="--encode needs --data"):
         raise SystemExit(run_here("vae.py", "--config", "small", "--encode", tmp_path)[2])
 

@@ -1,19 +1,22 @@
 """model.py: patches, RoPE, the Llama block against transformers' values, sizes, and what enters and leaves."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, drawn_weights, run_here, tiny_model
-
+from conftest import FIXTURES, divide, drawn_weights, run_here, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention_mask import transfusion_mask
-from model import (
-    SIZES, KVCache, Transfusion, TransfusionConfig, UNetBlock, UNetPatches, patchify, rope_table, rotate, training_flops, training_memory, unpatchify,
-)  # fmt: skip
+from extras import Choices, cli, new_model
+from extras.chameleon import Chameleon
+from extras.costs import training_flops, training_memory
+from extras.engine import KVCache
+from extras.unet import UNetBlock, UNetPatches, unet_transfusion
+from model import SIZES, Transfusion, TransfusionConfig, patchify, rope_table, rotate, unpatchify
 
 
 @pytest.mark.parametrize("channels, side, patch_size", [(8, 8, 2), (3, 6, 3), (4, 4, 1), (5, 8, 8)])
@@ -89,7 +92,7 @@ def test_post_norm_and_qk_norm_equal_transformers_chameleon():
     """Swin v2's norm placement, and queries and keys normed before they are rotated: same weights, same hidden states."""
     fixture = np.load(FIXTURES / "chameleon.npz")
     theirs, tokens = drawn_weights(json.loads(fixture["shapes"][()]), scale=2.0), torch.from_numpy(fixture["tokens"])
-    model = Transfusion(TransfusionConfig(dim=32, n_layers=2, n_heads=4, mlp_width=96, vocab_size=24, qk_norm=True, post_norm=True, images="discrete"))
+    model = Chameleon(TransfusionConfig(dim=32, n_layers=2, n_heads=4, mlp_width=96, vocab_size=24, qk_norm=True))
     weights = {"embedding.weight": theirs["embed_tokens.weight"], "norm.weight": theirs["norm.weight"]}
     for n in range(2):
         there, here = lambda name: theirs[f"layers.{n}.{name}.weight"], f"blocks.{n}."
@@ -168,7 +171,7 @@ def test_patches_of_every_size(patch_encoder, patch_size, n):
 def test_parameters_of_the_unet(name, patch_size, billions):
     """The paper's has 0.27B at 7B."""
     with torch.device("meta"):
-        unet = UNetPatches(TransfusionConfig(**SIZES[name], patch_encoder="unet", patch_size=patch_size))
+        unet = UNetPatches(TransfusionConfig(**SIZES[name], patch_size=patch_size), Choices().unet_channels, Choices().unet_blocks)
     assert len(unet.down) == len(unet.up) == patch_size.bit_length()  # one halving for every factor of 2
     assert sum(p.numel() for p in unet.parameters()) / 1e9 == pytest.approx(billions, abs=0.001)
 
@@ -198,7 +201,7 @@ def test_what_the_trunk_says_reaches_a_fresh_unets_output():
     """Beside the skip connections; a U-Net that hardly listens at first learns late what the text asks for."""
     torch.manual_seed(0)
     sizes = dict(dim=128, n_layers=1, n_heads=4, mlp_multiple=32, vocab_size=10, latent_channels=4, latent_size=8)
-    unet = Transfusion(TransfusionConfig(**sizes, patch_encoder="unet", unet_channels=64, unet_blocks=1)).patches
+    unet = unet_transfusion(TransfusionConfig(**sizes), 64, 1).patches
     x, t = torch.randn(2, 8, 4, 8, 8), torch.full((8,), 1000)
     with torch.no_grad():
         h, skips = unet.encode(x[0], t)
@@ -209,7 +212,7 @@ def test_what_the_trunk_says_reaches_a_fresh_unets_output():
 
 def test_a_unet_learns():
     torch.manual_seed(0)
-    unet = UNetPatches(TransfusionConfig(dim=32, n_heads=2, latent_channels=3, latent_size=8, patch_encoder="unet", unet_channels=32, unet_blocks=1))
+    unet = UNetPatches(TransfusionConfig(dim=32, n_heads=2, latent_channels=3, latent_size=8), 32, 1)
     x, t = torch.randn(4, 3, 8, 8), torch.tensor([1, 10, 100, 1000])
     optimizer, found = torch.optim.AdamW(unet.parameters(), lr=1e-2), []
     for _ in range(60):
@@ -238,7 +241,7 @@ def test_grouped_heads_equal_repeated_ones():
     assert KVCache(grouped.config, rows=1, length=4).k.shape == (2, 1, 2, 4, 8)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(qk_norm=True), dict(n_heads=4, n_kv_heads=2), dict(post_norm=True)], ids=["plain", "qk_norm", "grouped", "post_norm"])
+@pytest.mark.parametrize("options", [dict(), dict(qk_norm=True), dict(n_heads=4, n_kv_heads=2), dict(images="discrete")], ids=["plain", "qk_norm", "grouped", "post_norm"])
 def test_cache_equals_the_whole_sequence(options):
     """Rows of different lengths, decoded a piece at a time, rows and pieces in any order."""
     model, n = tiny_model(scale=8.0, **options), 9
@@ -253,18 +256,21 @@ def test_cache_equals_the_whole_sequence(options):
             visible = int(positions.max()) + 1
             mask = torch.arange(visible) <= positions[:, None, :, None]
             index = torch.tensor(rows)[:, None], positions
-            found[index] = model.trunk(h[index], positions, mask, cache.at(torch.tensor(rows), positions, visible))
+            found[index] = model.trunk(h[index], positions, mask, cache.at(torch.tensor(rows), positions, visible).update)
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_writing_a_cache_slot_again_replaces_it():
     model = tiny_model(scale=8.0)
     first, second = torch.randn(2, 1, 4, 32, generator=torch.Generator().manual_seed(0))
-    run = lambda h, cache: model.trunk(h, torch.arange(4)[None], None, cache.at(torch.tensor([0]), torch.arange(4)[None], 4))
+    run = lambda h, cache: model.trunk(h, torch.arange(4)[None], None, cache.at(torch.tensor([0]), torch.arange(4)[None], 4).update)
     with torch.no_grad():
         used, fresh = (KVCache(model.config, rows=1, length=4) for _ in range(2))
         run(first, used)
         assert torch.equal(run(second, used), run(second, fresh))
+
+
+KINDS = TransfusionConfig, Choices
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -274,8 +280,10 @@ def test_writing_a_cache_slot_again_replaces_it():
     (dict(images="pixels"), "continuous, discrete"), (dict(image_attention="both"), "bidirectional, causal"),
     (dict(n_heads=6, n_kv_heads=4), "n_kv_heads is 4"), (dict(rope_scaling=(8, 1)), "four numbers")])  # fmt: skip
 def test_impossible_sizes_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        TransfusionConfig(**wrong)
+    """By the options, or when the model is made."""
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        config, choices = (cli.make(kind, asdict(kind()) | values, "options") for kind, values in zip(KINDS, divide(wrong, *KINDS)))
+        new_model(config, choices)
 
 
 @pytest.mark.parametrize("patch_encoder", ["linear", "unet"])
@@ -295,7 +303,7 @@ def test_bfloat16_on_cpu_stays_close(patch_encoder):
 
 @pytest.mark.parametrize("options", [
     dict(), dict(patch_encoder="unet", unet_blocks=2), dict(patch_encoder="unet", patch_size=1), dict(patch_encoder="unet", patch_size=4, unet_channels=64),
-    dict(images="discrete", post_norm=True, vocab_size=300),
+    dict(images="discrete", vocab_size=300),
 ], ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()))  # fmt: skip
 def test_training_flops_equal_the_counters(options):
     """Against torch's own counter of operations, which counts every query with every key: context = S, no block skipped."""
@@ -334,5 +342,6 @@ def test_training_memory_counts_what_autograd_keeps():
 
 
 def test_script_prints_the_sizes():
-    code, out, _ = run_here("model.py")
-    assert code == 0 and all(size in out for size in SIZES)
+    for script in ("model.py", "extras/costs.py"):
+        code, out, _ = run_here(script)
+        assert code == 0 and all(size in out for size in SIZES)

@@ -3,7 +3,9 @@
 import json
 import re
 import struct
-from dataclasses import asdict, replace
+import sys
+from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +14,20 @@ from conftest import FIXTURES, drawn_weights
 from torch import nn
 
 from attention_mask import transfusion_mask
-from model import Transfusion, TransfusionConfig, freeze_text, load_llama
-from vae import VAE, VAEConfig, from_latent_diffusion, load_pretrained, load_vae, measure_statistics, read_safetensors, save_checkpoint, write_safetensors
+from extras import Choices, load_vae, new_model
+from extras import weights as room
+from extras.runs import save_checkpoint
+from extras.weights import freeze_text, from_latent_diffusion, load_llama, load_pretrained, read_safetensors
+from model import Transfusion, TransfusionConfig
+from vae import VAE, VAEConfig
 
 VAES = ["stable diffusion", "without quant", "by channel", "latent diffusion"]
 LLAMAS = ["llama 2", "grouped, untied", "llama 3.1", "llama 3.2, tied"]
+
+
+def write_safetensors(path, tensors):
+    pytest.importorskip("safetensors", reason="pip install safetensors")
+    room.write_safetensors(path, tensors)
 
 
 def fixture(file, kind):
@@ -111,7 +122,7 @@ def test_unscaled_latents_can_be_measured():
     values, _, weights = fixture("vaes.npz", "latent diffusion")
     vae = from_latent_diffusion(weights, "weights")
     pictures = lambda first, n: torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(first)) * 2 - 1
-    measure_statistics(vae, pictures, 256)
+    vae.measure_statistics(pictures, 256)
     x = pictures(0, 256)
     z = vae.encode(x, torch.randn(256, 4, 4, 4, generator=torch.Generator().manual_seed(0)))
     assert z.mean((0, 2, 3)).abs().max() < 0.05 and (z.std((0, 2, 3)) - 1).abs().max() < 0.05
@@ -122,12 +133,12 @@ def without(weights, *parts):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w, c: (without(w, "mid_block.resnets.1"), c), "lacks encoder.mid.block_2"),
+    (lambda w, c: (without(w, "mid_block.resnets.1"), c), "weights are missing, such as encoder.mid.block_2"),
     (lambda w, c: (without(w, "decoder.conv_in"), c), "holds no VAE"),
     (lambda w, c: ({}, c), "holds no VAE"),
-    (lambda w, c: (w | {"encoder.down_blocks.1.attentions.0.to_q.weight": torch.zeros(4, 4)}, c), "no place for.*down_blocks.1.attentions"),
+    (lambda w, c: (w | {"encoder.down_blocks.1.attentions.0.to_q.weight": torch.zeros(4, 4)}, c), "down_blocks.1.attentions.* has no place"),
     (lambda w, c: (w | {"decoder.conv_out.weight": torch.zeros(4, 32, 3, 3)}, c), r"decoder.conv_out.weight is of shape \(4, 32, 3, 3\), not \(3, 32, 3, 3\)"),
-    (lambda w, c: (w, c | {"latent_channels": 16}), "4 channels, but 16 in the config.json"),
+    (lambda w, c: (w, c | {"latent_channels": 16}), "4 channels, but 16 in its config.json"),
     (lambda w, c: (w, c | {"norm_num_groups": 7}), "norm_groups is 7"),
     (lambda w, c: (w, c | {"norm_num_groups": "x"}), "norm_num_groups is 'x'"),
     (lambda w, c: (w | {"encoder.down_blocks.1.resnets.0.conv1.bias": torch.zeros(16)}, c), "16 channels at one resolution.*multiple of 32"),
@@ -198,15 +209,24 @@ def test_the_package_reads_what_is_written_and_writes_what_is_read(tmp_path):
     ('{"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}', None), ("{}", 2**62), ("[" * 100_000, None),
 ])  # fmt: skip
 def test_broken_files_are_refused_by_name(header, size, tmp_path):
+    pytest.importorskip("safetensors", reason="pip install safetensors")
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", size or len(header)) + header.encode() + bytes(8))
     with pytest.raises(ValueError, match="x.safetensors: is not a safetensors file, or is truncated") as error:
         read_safetensors(tmp_path / "x.safetensors")
     assert "\n" not in str(error.value)
 
 
+def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for act in (lambda: read_safetensors(tmp_path / "x"), lambda: room.write_safetensors(tmp_path / "x", {})):
+        with pytest.raises(ValueError, match="pip install safetensors"):
+            act()
+
+
 # ---- Llama ----------------------------------------------------------------------------------------------------------
 
-PATCHES = TransfusionConfig(dim=8, n_heads=2, latent_channels=3, latent_size=4, unet_channels=32, unet_blocks=1)  # its dim and heads give way to the Llama's
+PATCHES = TransfusionConfig(dim=8, n_heads=2, latent_channels=3, latent_size=4)  # its dim and heads give way to the Llama's
 
 
 def llama_folder(path, kind, shards=1, **change):
@@ -279,10 +299,12 @@ def test_the_new_parts_start_fresh(tmp_path):
 def test_only_the_new_parts_are_trained(patch_encoder, tmp_path):
     """After steps with momentum everything of the Llama is bit for bit what it was, and every new part has moved."""
     llama_folder(tmp_path, "llama 3.1")
-    model = load_llama(tmp_path, replace(PATCHES, patch_encoder=patch_encoder), new_tokens=5)
+    make = partial(new_model, choices=Choices(patch_encoder=patch_encoder, unet_channels=32, unet_blocks=1))
+    model = load_llama(tmp_path, PATCHES, 5, make)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    n = freeze_text(model, 5)
-    assert n == sum(p.numel() for p in model.patches.parameters()) + 2 * 5 * 32
+    undecayed, told = freeze_text(model, 5)
+    n = sum(p.numel() for p in model.patches.parameters()) + 2 * 5 * 32
+    assert f" {n:,} are trained" in told and {id(p) for p in undecayed} == {id(model.embedding.weight), id(model.head.weight)}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0)
     tokens, image_id = torch.arange(29)[None], torch.full((1, 29), -1)
     image_id[0, 10:14] = 0
@@ -333,22 +355,22 @@ def forget(folder):
     (edit(rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}), "'yarn'"),
     (edit(rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0}), "lacks 'low_freq_factor'"),
     (edit(hidden_size=None), "lacks 'hidden_size'"),
-    (edit(hidden_size="big"), "'big' as the model's dim"),
-    (edit(hidden_size=64, head_dim=None), "is of shape .* by config.json"),
-    (edit(intermediate_size=44), "is of shape .* by config.json"),
-    (edit(vocab_size=32), "is of shape .* by config.json"),
+    (edit(hidden_size="big"), "dim is 'big'"),
+    (edit(hidden_size=64, head_dim=None), "is of shape .*, not .* of the sizes in its config.json"),
+    (edit(intermediate_size=44), "is of shape .*, not .* of the sizes in its config.json"),
+    (edit(vocab_size=32), "is of shape .*, not .* of the sizes in its config.json"),
     (edit(num_hidden_layers=1), "no place in a Llama"),
     (edit(num_hidden_layers=3), "9 weights are missing"),
     (edit(head_dim=16), "head_dim is 16"),
     (edit(num_key_value_heads=3), "n_kv_heads is 3"),
-    (edit(num_key_value_heads="two"), "'two' as the model's n_kv_heads"),
-    (edit(num_key_value_heads=-2), "-2 as the model's n_kv_heads"),
-    (edit(hidden_size=True), "True as the model's dim"),
+    (edit(num_key_value_heads="two"), "n_kv_heads is 'two'"),
+    (edit(num_key_value_heads=-2), "n_kv_heads is -2"),
+    (edit(hidden_size=True), "dim is True"),
     (edit(rope_parameters="x"), "rope_parameters is 'x'"),
-    (edit(rope_parameters={"rope_theta": "x"}), "'x' as the model's rope_theta"),
+    (edit(rope_parameters={"rope_theta": "x"}), "rope_theta is 'x'"),
     (edit(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": "x", "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 64}),
-     "'x' as the model's rope_scaling"),
-    (edit(rms_norm_eps="a"), "'a' as the model's norm_eps"),
+     "rope_scaling is .*'x'"),
+    (edit(rms_norm_eps="a"), "norm_eps is 'a'"),
 ])  # fmt: skip
 def test_a_broken_llama_folder_is_refused(broken, message, tmp_path):
     llama_folder(tmp_path, "llama 3.1", shards=3)

@@ -1,4 +1,4 @@
-"""sample.py: the cached, batched engine against plain recomputation, its rules, and what people see."""
+"""sample.py and extras/engine.py: the cached, batched engine against plain recomputation, its rules, and what people see."""
 
 import base64
 import io
@@ -7,22 +7,24 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SIDE, generated, image, picture, run_here, same, tiny_model, tiny_trained
+from conftest import SIDE, PixelVAE, generated, image, picture, run_here, same, tiny_model, tiny_trained
 from PIL import Image
 
-import sample
-from attention_mask import transfusion_mask
 from data import Tokenizer, collate
-from diffusion import DDPM, needs_noise
-from sample import contact_sheet, generate, html_page, newest_checkpoint, pick_tokens
+from diffusion import DDPM
+from extras import engine
+from extras.engine import pick_tokens
+from extras.runs import newest_checkpoint, save_checkpoint
+from extras.show import contact_sheet, html_page
+from sample import generate, generate_one
 from train import losses
-from vae import VAE, VAEConfig, save_checkpoint
+from vae import VAE, VAEConfig
 
 T = Tokenizer()
 
@@ -47,77 +49,28 @@ def talker():
     return make_talker()
 
 
-@torch.no_grad()
-def recompute(trained, document, seed, *, draw=True, steps=3, sampler="ddpm", eta=0.0, guidance_scale=1.0, temperature=1.0, max_tokens=20, max_images=2):
-    """What generate says it does, for one document, the slow way: the whole sequence through `model.forward` at every step, no
-    cache, no batch -> (new ids, new latents, in order)."""
-    model, ddpm, generator = trained.model, trained.ddpm, torch.Generator().manual_seed(seed)
-    n, new, images = model.config.n_patches, [], []
-    ids, owner = [T.bos], [-1]  # of every position: its token and its image
+class Listening(Tokenizer):
+    """Remembers what it decoded, without special tokens."""
 
-    def add_image(latents):
-        ids.extend([T.pad] * n)
-        owner.extend([len(images)] * n)
-        images.append(latents)
+    def __init__(self):
+        super().__init__()
+        self.decoded = []
 
-    def forward(ids, owner, images, t):
-        """Logits (S, vocab) and predictions (images, ...); all images but the last are clean."""
-        x = torch.stack(images) if images else torch.zeros(0, 3, SIDE, SIDE)
-        times = torch.tensor([0] * (len(images) - 1) + [t] * bool(images), dtype=torch.long)
-        image_id = torch.tensor([owner])
-        mask = transfusion_mask(image_id, causal=model.config.image_attention == "causal")
-        logits, prediction = model(torch.tensor([ids]), image_id, torch.arange(len(ids))[None], mask, x, times)
-        return logits[0], prediction
+    def decode(self, ids):
+        text = [i for i in ids if i < self.bos]
+        self.decoded += [text] if text else []
+        return super().decode(ids)
 
-    for part in document:
-        if isinstance(part, str):
-            ids.extend(T.encode(part))
-        else:
-            ids.append(T.boi)
-            owner.append(-1)
-            add_image(trained.vae.encode(torch.from_numpy(np.array(part)).permute(2, 0, 1) / 127.5 - 1))
-            ids.append(T.eoi)
-        owner.extend([-1] * (len(ids) - len(owner)))
-    drawing = draw and document and isinstance(document[-1], str)
-    while True:
-        if not drawing:
-            logits = forward(ids, owner, images, 0)[0][-1]
-            logits[[T.bos, T.eoi, T.pad] + [T.boi] * (max_images == 0)] = -torch.inf
-            if temperature == 0:
-                token = int(logits.argmax())
-            else:  # inverse transform sampling, in float64
-                up_to = (logits.double() / temperature).softmax(-1).cumsum(-1)
-                token = int((up_to >= 1 - torch.rand((), generator=generator)).nonzero()[0])
-            if token == T.eos:
-                return new
-            if token != T.boi:
-                new.append(token)
-                ids.append(token)
-                owner.append(-1)
-                max_tokens -= 1
-                if max_tokens == 0:
-                    return new
-                continue
-        drawing, max_images = False, max_images - 1
-        ids.append(T.boi)
-        owner.append(-1)
-        x = torch.randn(3, SIDE, SIDE, generator=generator)
-        add_image(x)
-        times, x_0, before = ddpm.sampling_timesteps(steps), None, 0
-        for t, s in zip(times, times[1:]):
-            prediction = forward(ids, owner, images[:-1] + [x], t)[1][-1]
-            if guidance_scale != 1.0:
-                alone = forward([T.bos, T.boi] + [T.pad] * n, [-1, -1] + [0] * n, [x], t)[1][-1]
-                prediction = alone + guidance_scale * (prediction - alone)
-            noise = torch.randn(1, *x.shape, generator=generator) if needs_noise(sampler, eta) else None
-            x, x_0 = ddpm.step(sampler, prediction[None], x[None], t, s, noise, eta, before, x_0)
-            x, before = x[0], t
-        images[-1] = x
-        new.append(x)
-        ids.append(T.eoi)
-        owner.append(-1)
-        if max_tokens == 0:
-            return new
+
+def recompute(trained, document, seed, *, max_tokens=20, max_images=2, **options):
+    """What generate says it does, for one document, by `generate_one` -> (new ids, new latents, in order)."""
+    trained = replace(trained, vae=PixelVAE(), tokenizer=Listening())
+    found = generate_one(trained, document, seed, max_tokens=max_tokens, max_images=max_images, **options)
+    assert found[: len(document)] == document
+    texts, latents, new = iter(trained.tokenizer.decoded), iter(trained.vae.decoded), []
+    for part in found[len(document) :]:
+        new += next(texts) if isinstance(part, str) else [next(latents)]
+    return new
 
 
 DOCUMENTS = [["a red dot"], [image(1)], [], ["ab", image(2), "make it abcdefghijklmnop"], ["x"], [image(3), image(4)], [image(5), "c"]]
@@ -189,9 +142,9 @@ def test_random_mixtures_equal_recomputation(talker, options):
 def test_a_sequence_does_not_depend_on_its_neighbours(talker, monkeypatch, guidance_scale, calls):
     """Nor on how the calls are shared out between the modes."""
     documents, options = mixture(7, 8), dict(temperature=1.0, max_tokens=12, max_images=2, guidance_scale=guidance_scale, sampler="dpm++")
-    monkeypatch.setattr(sample, "TEXT_CALLS", calls)
+    monkeypatch.setattr(engine, "TEXT_CALLS", calls)
     together = generated(tiny_trained(talker), documents, range(8), max_batch=3, **options)
-    monkeypatch.setattr(sample, "TEXT_CALLS", 3)
+    monkeypatch.setattr(engine, "TEXT_CALLS", 3)
     for seed, (document, row) in enumerate(zip(documents, together)):
         same(generated(tiny_trained(talker), [document], [seed], **options)[0], row)
 
@@ -214,15 +167,15 @@ def test_guidance_scale_1_is_no_guidance_and_more_is_more(talker):
 
 def trunk_calls(trained, monkeypatch, *args, **options):
     """The calls that `generate` makes of the trunk: (rows, new positions of each, mask), and the timesteps of its denoising."""
-    calls, times, trunk, denoise = [], [], trained.model.trunk, sample.denoise
+    calls, times, trunk, denoise = [], [], trained.model.trunk, engine.denoise
 
-    def spy(h, positions, mask=None, cache=None):
+    def spy(h, positions, mask=None, update=None):
         calls.append((*h.shape[:2], mask))
-        return trunk(h, positions, mask, cache)
+        return trunk(h, positions, mask, update)
 
     with monkeypatch.context() as patch:
         patch.setattr(trained.model, "trunk", spy)
-        patch.setattr(sample, "denoise", lambda model, cache, x, t, *rest: (times.append(t.tolist()), denoise(model, cache, x, t, *rest))[1])
+        patch.setattr(engine, "denoise", lambda model, cache, x, t, *rest: (times.append(t.tolist()), denoise(model, cache, x, t, *rest))[1])
         documents = generate(trained, *args, **options)
     return calls, times, documents
 
@@ -258,7 +211,7 @@ def test_a_finished_picture_is_run_once_more_clean(talker, monkeypatch):
 def test_modes_advance_together(talker, monkeypatch, calls):
     """Pictures at different steps share a denoising call. Between two steps of a picture every other picture makes one step at
     most, and every text TEXT_CALLS tokens at most, and some do."""
-    monkeypatch.setattr(sample, "TEXT_CALLS", calls)
+    monkeypatch.setattr(engine, "TEXT_CALLS", calls)
     events, documents = [], [["a dot"], [image(1)], [], []] * 2
     _, times, _ = trunk_calls(tiny_trained(talker), monkeypatch, documents, draw=False, temperature=1.0, max_tokens=40, max_images=3, steps=12,
                               on_text=lambda row, _: events.append(("text", row)), on_step=lambda row, n, _: events.append((n, row)))  # fmt: skip
@@ -274,8 +227,8 @@ def test_modes_advance_together(talker, monkeypatch, calls):
 
 
 def test_places_are_as_many_as_asked_for(talker, monkeypatch):
-    made, original = [], sample.KVCache
-    monkeypatch.setattr(sample, "KVCache", lambda *args: made.append(args) or original(*args))
+    made, original = [], engine.KVCache
+    monkeypatch.setattr(engine, "KVCache", lambda *args: made.append(args) or original(*args))
     documents = [["a"]] * 7
     few = generate(tiny_trained(talker), documents, max_tokens=0, max_batch=2, guidance_scale=2.0)
     many = generate(tiny_trained(talker), documents, max_tokens=0, max_batch=64, guidance_scale=1.0)
@@ -289,8 +242,8 @@ def test_without_a_compiler_it_goes_on(talker, monkeypatch):
 
     trained, documents, options = tiny_trained(talker), [["a dot"], ["b"]], dict(max_tokens=0, guidance_scale=2.0)
     expected = generated(trained, documents, [0, 1], **options)
-    monkeypatch.setattr(sample, "compiled_denoise", broken)
-    monkeypatch.setattr(sample.Engine, "compiles", lambda *_: True)
+    monkeypatch.setattr(engine, "compiled_denoise", broken)
+    monkeypatch.setattr(engine.Engine, "compiles", lambda *_: True)
     with pytest.warns(UserWarning, match="without torch.compile"):
         for a, b in zip(generated(trained, documents, [0, 1], **options), expected):
             same(a, b)
@@ -304,7 +257,7 @@ def test_compiled_equals_eager(talker, monkeypatch):
     trained, options = tiny_trained(talker), dict(max_tokens=0, guidance_scale=2.0)
     batches = [["ab"] * 2, ["ab", "abc"], ["abcde", "a", "abc"], ["abcd"] * 5]
     expected = [generated(trained, [[text] for text in batch], range(len(batch)), **options) for batch in batches]
-    monkeypatch.setattr(sample.Engine, "compiles", lambda *_: True)
+    monkeypatch.setattr(engine.Engine, "compiles", lambda *_: True)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "going on without")
         for n, (batch, rows) in enumerate(zip(batches, expected)):
@@ -412,13 +365,14 @@ def test_documents_of_another_kind_are_refused(talker, documents, message):
 
 def test_a_character_is_reported_whole():
     said = []
-    engine = SimpleNamespace(tokenizer=T, on_text=lambda number, piece: said.append(piece))
-    sequence = sample.Sequence(0, [], None, 0.0, 0, 0, 0)
+    options = engine.Options(on_text=lambda number, piece: said.append(piece))
+    stand_in = SimpleNamespace(tokenizer=T, options=options)
+    sequence = engine.Sequence(0, [], None, 0.0, 0, 0, 0)
     for token in "né".encode():
         sequence.new.append(token)
-        sample.Engine.say(engine, sequence)
+        engine.Engine.say(stand_in, sequence)
     sequence.new.append(0xFF)
-    sample.Engine.say(engine, sequence, everything=True)
+    engine.Engine.say(stand_in, sequence, everything=True)
     assert said == ["n", "é", "\ufffd"]
 
 
@@ -520,9 +474,11 @@ def checkpoint(talker, tmp_path_factory):
     """The talker in a checkpoint of its own, with a VAE of random weights."""
     vae = VAE(VAEConfig(channels=8, channel_multiples=(1,), n_res=0, unshuffle=1, latent_channels=3, mid_attention=False))
     trained = tiny_trained(talker, seq_len=100)
-    trained.config["data"]["image_size"] = SIDE * vae.config.factor
+    trained.data.image_size = SIDE * vae.config.factor
     path = tmp_path_factory.mktemp("out") / "checkpoint.pt"
-    save_checkpoint(path, {"config": trained.config, "ema": talker.state_dict(), "tokenizer": {"merges": []}, "vae": vae.state_dict(), "vae_config": asdict(vae.config)})
+    parts = dict(model=talker.config, data=trained.data, diffusion=trained.ddpm.config, sampling=trained.sampling, extra=trained.extra)
+    config = {name: asdict(part) for name, part in parts.items()}
+    save_checkpoint(path, {"config": config, "ema": talker.state_dict(), "tokenizer": {}, "vae": vae.state_dict(), "vae_config": asdict(vae.config)})
     return path
 
 
@@ -550,7 +506,7 @@ def test_an_instruction_after_a_picture(checkpoint, tmp_path, monkeypatch):
     """The document is <BOI> picture <EOI> instruction <BOI>, and a picture follows."""
     image(3).save(tmp_path / "x.png")
     seen, original = [], Tokenizer.encode
-    monkeypatch.setattr("data.collate", lambda rows, *args: seen.append(rows) or collate(rows, *args))
+    monkeypatch.setattr(engine, "collate", lambda rows, *args: seen.append(rows) or collate(rows, *args))
     printed, files = run_sample(checkpoint, tmp_path / "out", "--image", tmp_path / "x.png", "--prompt", "make it blue", "--num", 1)
     assert files == ["000.png", "page.html"] and (tmp_path / "out/page.html").read_text().count("<img") == 2
     assert "image x.png" in Image.open(tmp_path / "out/000.png").info["settings"]
@@ -585,7 +541,7 @@ def test_what_an_earlier_run_left_is_named(checkpoint, tmp_path):
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(checkpoint, tmp_path, place, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vae.load_checkpoint", lambda *_: 1 / 0)
+    monkeypatch.setattr("extras.runs.load_checkpoint", lambda *_: 1 / 0)
     for script, option, path in (("sample.py", "--out", place), ("evaluate.py", "--json", f"{place}/x.json")):
         code, _, err = run_here(script, *(["--ckpt"] * (script == "sample.py")), checkpoint, option, path)
         assert code == 1 and re.fullmatch(f"error: {option}.*: {place} (is not a folder|cannot be written to \\(.*\\))\n", err), err

@@ -5,22 +5,33 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, flags, run_here, tiny_model, tiny_trained
+from conftest import TINY, divide, flags, run_here, tiny_model, tiny_trained
 from PIL import Image
 
-import evaluate as evaluate_module
-from data import COLOURS, GRAMMARS, NEVER_SEEN, NO_LOSS, PLACES, DataConfig, Documents, Picture, Scenes, Shape, Stories, Tokenizer, collate, held_out_combination, open_pairs, split_of
-from evaluate import CHANGE_ASPECTS, evaluate, format_scores, judge, judge_change, own_story_accuracy, story_accuracy, tell
-from sample import captioned
-from train import Run, losses, parse
-from vae import load_checkpoint
+from data import NO_LOSS, DataConfig, Picture, Tokenizer, collate
+from evaluate import evaluate, format_scores
+from extras import Choices, open_pairs
+from extras.judge import judge
+from extras.runs import load_checkpoint
+from extras.scenes import COLOURS, GRAMMARS, NEVER_SEEN, PLACES, Scenes, Shape, held_out_combination, split_of
+from extras.show import captioned
+from extras.stories import Stories, StoryDocuments, judge_change, own_story_accuracy, story_accuracy, tell
+from train import losses, parse, set_up, train_step
 
 SPLITS = Scenes.SPLITS[1:]
+CHANGE_ASPECTS = ("all", "scene", "changed", "kept")
 RIGHT = dict.fromkeys(CHANGE_ASPECTS, True)
+
+
+def configured(**options):
+    """Options as what opens sources takes them."""
+    data, extra = divide(options, DataConfig, Choices)
+    return SimpleNamespace(data=DataConfig(**data), extra=Choices(**extra))
 
 
 def stories(n, **options):
@@ -148,7 +159,7 @@ def test_pairs_of_stories_are_texts_and_the_pictures_after_them():
 ])  # fmt: skip
 def test_impossible_configuration_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        DataConfig(**wrong)
+        parse(flags(config="small", **wrong))
 
 
 # ---- Documents ------------------------------------------------------------------------------------------------------
@@ -157,8 +168,8 @@ T = Tokenizer()
 
 
 def documents(kind, timesteps=1000, **options):
-    config = DataConfig(documents=kind, image_size=32, seq_len=256, **options)
-    return Documents(open_pairs(config), T, config, timesteps)
+    config = configured(documents=kind, image_size=32, seq_len=256, **options)
+    return StoryDocuments(open_pairs(config), T, config.data, timesteps)
 
 
 def test_an_edit_written_out():
@@ -193,14 +204,14 @@ def test_a_story_written_out():
 def test_a_step_counts_no_loss_on_clean_pictures(small_run, tmp_path):
     """The logged diffusion loss is the mean over the noised pictures, and the clean ones are at t = 0."""
     options = dict(config="small_edit", init_from=small_run[0] / "out/small", rows=2, eval_documents=4, out=tmp_path)
-    run = Run(*parse(flags(**options)))
-    again = Run(*parse(flags(**options | dict(out=tmp_path / "again"))))
-    ((batch, rows),) = again.micro_batches()
-    batch, x_0, t, eps = again.prepare(batch, rows, 1, again.step)
+    run = set_up(*parse(flags(**options)))
+    again = set_up(*parse(flags(**options | dict(out=tmp_path / "again"))))
+    (rows,) = again.micro_rows
+    batch, x_0, t, eps = again.objective.noised(next(again.loader), rows, (1, again.step))
     assert ((t == 0) == (batch.max_t == 0)).all() and (batch.max_t[0::2] == 0).all() and (batch.max_t[1::2] == 1000).all()
     with torch.no_grad():
         _, per_image = losses(again.model, again.ddpm, batch, x_0, t, eps)
-    assert run.train_step()["ddpm"] == pytest.approx(per_image[1::2].mean().item(), rel=1e-2)
+    assert train_step(run)["ddpm"] == pytest.approx(per_image[1::2].mean().item(), rel=1e-2)
 
 
 # ---- Scores ---------------------------------------------------------------------------------------------------------
@@ -299,17 +310,14 @@ def teller(examples, wrong=0):
 
 
 def untrained(kind):
-    trained = tiny_trained(tiny_model(side=32, patch_size=8), steps=1, seq_len=256)
-    trained.config["data"]["documents"] = kind
-    return trained
+    return tiny_trained(tiny_model(side=32, patch_size=8), steps=1, seq_len=256, documents=kind)
 
 
 @pytest.mark.parametrize("wrong", [0, 5])
 @pytest.mark.parametrize("kind, rows", [("edits", {"edits"}), ("stories", {"stories", "picture 1", "picture 2", "picture 3", "own stories"})])
-def test_scores_count_what_is_right(kind, rows, wrong, monkeypatch):
-    source = {split: open_pairs(DataConfig(documents=kind, image_size=32), split, 1) for split in SPLITS}
-    monkeypatch.setattr(evaluate_module, "generate", teller([source[split].example(i) for split in SPLITS for i in range(20)], wrong))
-    scores = evaluate(untrained(kind), judged=20)
+def test_scores_count_what_is_right(kind, rows, wrong):
+    source = {split: open_pairs(configured(documents=kind, image_size=32), split, 1) for split in SPLITS}
+    scores = evaluate(untrained(kind), judged=20, generate=teller([source[split].example(i) for split in SPLITS for i in range(20)], wrong))
     assert list(scores["splits"]) == list(SPLITS) and json.loads(json.dumps(scores)) == scores
     for split, found in scores["splits"].items():
         changes, kinds = found["changes"], {"make", "move", "add"} | ({"remove"} if split != "held_out" else set())
@@ -321,7 +329,7 @@ def test_scores_count_what_is_right(kind, rows, wrong, monkeypatch):
     assert f"{100 * (20 - wrong) / 20:.1f}" in table
 
 
-def test_a_story_is_right_if_all_of_its_pictures_are(monkeypatch):
+def test_a_story_is_right_if_all_of_its_pictures_are():
     """Each of three stories fails in another picture: two thirds of each picture are right, and no story is."""
     examples, asked = stories(3, changes=2), itertools.count()
     right = teller(examples)
@@ -330,8 +338,7 @@ def test_a_story_is_right_if_all_of_its_pictures_are(monkeypatch):
         of_all, wrong = right(trained, documents), next(asked)
         return [[*d[:-1], Image.new("RGB", (32, 32)) if n == wrong else d[-1]] for n, d in enumerate(of_all)]
 
-    monkeypatch.setattr(evaluate_module, "generate", generate)
-    found = story_accuracy(untrained("stories"), examples, "places")
+    found = story_accuracy(untrained("stories"), examples, generate)
     assert found["stories"] == {"all": 0, "n": 3} and found["picture 1"] == {"all": pytest.approx(2 / 3), "n": 3}
     # A story that goes on rightly from a wrong picture has not kept what was there.
     assert found["picture 2"]["scene"] == found["picture 3"]["scene"] == pytest.approx(2 / 3) and found["picture 2"]["all"] == pytest.approx(1 / 3)
@@ -345,13 +352,13 @@ def test_a_story_is_right_if_all_of_its_pictures_are(monkeypatch):
     ("1 make the circle blue 2 remove the square", (2, False)), ("1 make the circle blue 2 3", (1, False)), ("1 2 3", (0, False)), ("", (0, False)),
     ("1 add a blue cross at the top right 2 remove the square 3", (0, False)),  # a third object
 ])  # fmt: skip
-def test_a_story_may_be_of_the_models_own_words(told, own, monkeypatch):
+def test_a_story_may_be_of_the_models_own_words(told, own):
     """Pictures as numbers: TWO, its circle blue, that circle alone. Own: how many instructions can be followed, and is all right?"""
     pictures = {"1": TWO, "2": scene(BLUE, SQUARE), "3": scene(BLUE)}
     parts = [part.strip() for part in re.split(r"([123])", told) if part.strip()]
     document = [Image.fromarray(pictures[part].render()) if part in pictures else part for part in parts]
-    monkeypatch.setattr(evaluate_module, "generate", lambda trained, documents, *_, max_images: [[*d, *document] for d in documents] * (max_images == 3))
-    found = own_story_accuracy(untrained("stories"), [TWO], Stories(changes=2))
+    generate = lambda trained, documents, *_, max_images: [[*d, *document] for d in documents] * (max_images == 3)
+    found = own_story_accuracy(untrained("stories"), [TWO], Stories(changes=2), generate)
     assert found == {"own words": {"all": own[0] / 2, "n": 2}, "own stories": {"all": own[1], "n": 1}}
 
 
@@ -362,7 +369,7 @@ def test_an_untrained_model_scores_nothing(kind):
     assert "held out, " in format_scores(scores)
 
 
-def test_stories_are_told_after_the_pictures_that_were_drawn(monkeypatch):
+def test_stories_are_told_after_the_pictures_that_were_drawn():
     """Each prompt is all that came before, the model's own pictures included."""
     asked = []
 
@@ -370,9 +377,8 @@ def test_stories_are_told_after_the_pictures_that_were_drawn(monkeypatch):
         asked.append(documents)
         return [[*d, Image.new("RGB", (32, 32), (len(asked), 0, 0))] for d in documents]
 
-    monkeypatch.setattr(evaluate_module, "generate", generate)
     (scenes, texts), = examples = stories(1, changes=2)
-    (document,) = tell(untrained("stories"), examples)
+    (document,) = tell(untrained("stories"), examples, generate)
     assert [part if isinstance(part, str) else part.getpixel((0, 0))[0] for part in document] == [scenes[0].caption, 1, texts[0], 2, texts[1], 3]
     assert [len(documents[0]) for documents in asked] == [1, 3, 5] and asked[2][0][:4] == document[:4]
 
@@ -395,7 +401,7 @@ def test_fine_tuning_as_a_user_does_it(config, small_run, tmp_path, monkeypatch)
     assert f"held out, {kind}" in out and "the VAE" not in out and f"python sample.py --ckpt out/{config}/checkpoint.pt" in out
     sheet = Image.open(tmp_path / f"out/{config}/samples_000004.png")
     assert sheet.width > 500 and sheet.height > 4 * 128
-    assert load_checkpoint(tmp_path / f"out/{config}/checkpoint.pt")["config"]["data"]["documents"] in ("edits", "stories")
+    assert load_checkpoint(tmp_path / f"out/{config}/checkpoint.pt")["config"]["extra"]["documents"] in ("edits", "stories")
     code, out, err = run_here("evaluate.py", "--judged", 2, "--json", "scores.json")
     assert code == 0 and f"never seen, {kind}" in out, err
     assert set(json.loads((tmp_path / "scores.json").read_text())["splits"]["held_out"]["changes"][kind]) == {*CHANGE_ASPECTS, "n"}

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +14,15 @@ import torch
 from conftest import TINY, flags, run_here, run_script
 from PIL import Image
 
-import sample
+import extras
 import train as recipe
-from data import Scenes
+from extras import cli, costs, load_vae, runs
+from extras.cli import report_errors
+from extras.runs import load_checkpoint, save_checkpoint
+from extras.scenes import Scenes
 from model import SIZES
-from sample import load, report_errors
-from train import PRESETS, Config, Run, build, learning_rate, options, parse
-from vae import load_checkpoint, load_vae, save_checkpoint
+from sample import load
+from train import PRESETS, Config, Objective, averaged_weights, draw_samples, learning_rate, parse, save, set_up, train_step, validate
 
 
 def config_of(out, **change):
@@ -28,8 +30,12 @@ def config_of(out, **change):
     return parse(flags(**TINY | dict(out=out) | change))[0]
 
 
+def log(run, values):
+    run.log.write(run.step, values)
+
+
 def weights(run):
-    return {f"{kind}.{name}": value for kind, state in (("model", run.model.state_dict()), ("ema", run.averaged_weights())) for name, value in state.items()}
+    return {f"{kind}.{name}": value for kind, state in (("model", run.model.state_dict()), ("ema", averaged_weights(run))) for name, value in state.items()}
 
 
 def assert_same_weights(a, b):
@@ -49,7 +55,7 @@ def test_small_trains_from_nothing(small_run):
     assert set(json.loads((made / "scores.json").read_text())["splits"]) == {"seen", "held_out", "never_seen"}
     lines = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4 and {"lm", "ddpm", "norm", "lr"} <= lines[0].keys() and 0.8 < lines[0]["fill"] <= 1 and "| fill " in out
-    assert len(lines[-1]["val_ddpm_by_t"]) == 4 and lines[-1]["val_lm"] > 0 and 0.5 < lines[-1]["val_ddpm"] < 2
+    assert all(f"val_ddpm_q{n}" in lines[-1] for n in (1, 2, 3, 4)) and lines[-1]["val_lm"] > 0 and 0.5 < lines[-1]["val_ddpm"] < 2
 
 
 def test_everything_in_the_checkpoint_loads_with_weights_only(small_run):
@@ -115,10 +121,9 @@ def test_ctrl_c_saves_and_resume_ends_where_a_straight_run_does(trained_vae, tmp
     change = dict(vae=trained_vae, max_steps=6, log_every=1)
     straight = recipe.train(config_of(tmp_path / "straight", **change))
 
-    step = Run.train_step
-    monkeypatch.setattr(Run, "train_step", lambda run: (os.kill(os.getpid(), signal.SIGINT) if run.step == 2 else None, step(run))[1])
+    monkeypatch.setattr(recipe, "train_step", lambda run: (os.kill(os.getpid(), signal.SIGINT) if run.step == 2 else None, train_step(run))[1])
     with pytest.raises(SystemExit) as stop:
-        report_errors(lambda: recipe.train(config_of(tmp_path / "stopped", **change)), recipe.STOPPED)
+        report_errors(lambda: recipe.train(config_of(tmp_path / "stopped", **change)), runs.STOPPED)
     assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "stopped/checkpoint.pt")["step"] == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is Ctrl-C again
@@ -131,7 +136,7 @@ def test_ctrl_c_saves_and_resume_ends_where_a_straight_run_does(trained_vae, tmp
 
 def test_ctrl_c_while_the_vae_trains(tmp_path, monkeypatch, capsys):
     change = dict(vae_steps=6, max_steps=1)
-    straight = Run(config_of(tmp_path / "straight", **change))
+    straight = set_up(config_of(tmp_path / "straight", **change))
     drawn, pair = iter(range(10**6)), Scenes.pair
 
     def pair_and_press(scenes, index):
@@ -141,46 +146,46 @@ def test_ctrl_c_while_the_vae_trains(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Scenes, "pair", pair_and_press)
     with pytest.raises(SystemExit) as stop:
-        report_errors(lambda: recipe.train(config_of(tmp_path / "stopped", **change)), recipe.STOPPED)
+        report_errors(lambda: recipe.train(config_of(tmp_path / "stopped", **change)), runs.STOPPED)
     assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
     state = load_checkpoint(tmp_path / "stopped/vae.pt")
     assert 0 < state["step"] < 6 and not state.get("done")
     message = complaint("train.py", *flags(**TINY | dict(out=tmp_path / "other", vae=tmp_path / "stopped/vae.pt")))
     assert "vae.pt: its training was stopped at step" in message and "--resume" in message
-    resumed = Run(config_of(tmp_path / "stopped", **change), resume=True)
+    resumed = set_up(config_of(tmp_path / "stopped", **change), resume=True)
     assert_same_weights(straight.vae.state_dict(), resumed.vae.state_dict())
     assert_same_weights(load_vae(tmp_path / "stopped/vae.pt").state_dict(), resumed.vae.state_dict())
 
 
 def test_steps_saved_and_resumed_equal_steps_in_a_row(trained_vae, tmp_path):
     change = dict(vae=trained_vae, max_steps=20, rows=3)
-    straight, first = Run(config_of(tmp_path / "a", **change)), Run(config_of(tmp_path / "b", **change))
-    values = [straight.train_step() for _ in range(6)]
-    assert [first.train_step() for _ in range(3)] == values[:3]
-    first.save()
-    second = Run(config_of(tmp_path / "b", **change), resume=True)
-    assert second.step == 3 and [second.train_step() for _ in range(3)] == values[3:]
+    straight, first = set_up(config_of(tmp_path / "a", **change)), set_up(config_of(tmp_path / "b", **change))
+    values = [train_step(straight) for _ in range(6)]
+    assert [train_step(first) for _ in range(3)] == values[:3]
+    save(first)
+    second = set_up(config_of(tmp_path / "b", **change), resume=True)
+    assert second.step == 3 and [train_step(second) for _ in range(3)] == values[3:]
     assert_same_weights(weights(straight), weights(second))
-    assert straight.validate() == second.validate()
+    assert validate(straight) == validate(second)
 
 
 def test_seeds_decide(trained_vae, tmp_path):
-    a, b, c = (Run(config_of(tmp_path / name, vae=trained_vae, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
-    values = [run.train_step() for run in (a, b, c)]
+    a, b, c = (set_up(config_of(tmp_path / name, vae=trained_vae, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    values = [train_step(run) for run in (a, b, c)]
     assert values[0] == values[1] != values[2]
 
 
 def test_validation_leaves_training_as_it_was(trained_vae, tmp_path):
-    a, b = (Run(config_of(tmp_path / name, vae=trained_vae)) for name in "ab")
-    a.train_step(), b.train_step()
-    assert a.validate() == a.validate()
-    a.draw_samples("x.png", n=2)
-    assert a.train_step() == b.train_step()
+    a, b = (set_up(config_of(tmp_path / name, vae=trained_vae)) for name in "ab")
+    train_step(a), train_step(b)
+    assert validate(a) == validate(a)
+    draw_samples(a, "x.png", n=2)
+    assert train_step(a) == train_step(b)
 
 
 def test_validation_compiles_nothing_anew(trained_vae, tmp_path):
     """Two graphs of the blocks, with gradients and without, both of fixed shapes; FlexAttention's are slower where a shape varies."""
-    run = Run(config_of(tmp_path / "out", vae=trained_vae, rows=4, micro_rows=2, eval_documents=40))
+    run = set_up(config_of(tmp_path / "out", vae=trained_vae, rows=4, micro_rows=2, eval_documents=40))
     graphs = []
 
     def backend(graph, inputs):
@@ -190,23 +195,23 @@ def test_validation_compiles_nothing_anew(trained_vae, tmp_path):
     torch._dynamo.reset()
     for block in run.model.blocks:
         block.compile(backend=backend, fullgraph=True)
-    run.train_step(), run.validate(), run.train_step()
+    train_step(run), validate(run), train_step(run)
     assert len(run.validation) > 2 and graphs == ["fixed", "fixed"]
 
 
 def test_each_micro_batch_is_prepared_as_it_is_run(trained_vae, tmp_path, monkeypatch):
     """Or the pictures of a whole step would lie on the GPU at once."""
-    run, order, prepare = Run(config_of(tmp_path / "out", vae=trained_vae, rows=4, micro_rows=2)), [], Run.prepare
+    run, order, prepare = set_up(config_of(tmp_path / "out", vae=trained_vae, rows=4, micro_rows=2)), [], Objective.noised
 
-    def spy(run, *args, **kwargs):
+    def spy(objective, *args, **kwargs):
         order.append("prepare")
-        found = prepare(run, *args, **kwargs)
+        found = prepare(objective, *args, **kwargs)
         assert not found[0].images.numel() and len(found[1])
         return found
 
-    monkeypatch.setattr(Run, "prepare", spy)
+    monkeypatch.setattr(Objective, "noised", spy)
     run.model.register_forward_pre_hook(lambda *_: order.append("forward"))
-    run.train_step()
+    train_step(run)
     assert order == ["prepare", "forward"] * 2
 
 
@@ -219,12 +224,12 @@ def test_the_logged_time_is_the_mean_since_the_last_line(trained_vae, tmp_path, 
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(trained_vae, tmp_path):
-    run = Run(config_of(tmp_path / "out", vae=trained_vae, lr=1e30, warmup=1, clip=1e30))
-    run.save()
+    run = set_up(config_of(tmp_path / "out", vae=trained_vae, lr=1e30, warmup=1, clip=1e30))
+    save(run)
     before = copy.deepcopy(load_checkpoint(run.checkpoint))
     with pytest.raises(FloatingPointError, match="lower --lr .*--resume"):
         for _ in range(4):
-            run.train_step()
+            train_step(run)
     after = load_checkpoint(run.checkpoint)
     assert_same_weights(before["model"], after["model"])
     assert load(run.checkpoint).model.head.weight.isfinite().all()
@@ -232,16 +237,16 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(trained_vae
 
 def test_gradient_that_is_not_finite_never_reaches_the_weights(trained_vae, tmp_path):
     """The loss may still be finite when its gradient overflows; weights turned NaN would be saved over good ones."""
-    run = Run(config_of(tmp_path / "out", vae=trained_vae))
+    run = set_up(config_of(tmp_path / "out", vae=trained_vae))
     run.model.head.weight.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(FloatingPointError):
-        run.train_step()
+        train_step(run)
     assert all(value.isfinite().all() for value in weights(run).values())
 
 
 def test_full_disk_while_saving_is_one_sentence(trained_vae, tmp_path, monkeypatch):
-    run = Run(config_of(tmp_path / "out", vae=trained_vae))
-    run.save()
+    run = set_up(config_of(tmp_path / "out", vae=trained_vae))
+    save(run)
 
     def disk_full(state, file):
         file.write(b"half")
@@ -249,7 +254,7 @@ def test_full_disk_while_saving_is_one_sentence(trained_vae, tmp_path, monkeypat
 
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(SystemExit) as stop:
-        report_errors(run.save)
+        report_errors(lambda: save(run))
     assert "No space left" in stop.value.code and "intact" in stop.value.code and "\n" not in stop.value.code
     monkeypatch.undo()
     assert load(run.checkpoint)
@@ -258,31 +263,31 @@ def test_full_disk_while_saving_is_one_sentence(trained_vae, tmp_path, monkeypat
 def test_wandb_gets_what_the_log_gets(trained_vae, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     with pytest.raises(ValueError, match="pip install wandb"):
-        Run(config_of(tmp_path / "a", vae=trained_vae, wandb="project"))
+        set_up(config_of(tmp_path / "a", vae=trained_vae, wandb="project"))
     seen, started = [], {}
     logger = SimpleNamespace(id="x1", log=lambda values, step: seen.append((step, values)))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: started.update(options) or logger))
-    run = Run(config_of(tmp_path / "b", vae=trained_vae, wandb="project"))
-    run.log(run.train_step())
+    run = set_up(config_of(tmp_path / "b", vae=trained_vae, wandb="project"))
+    log(run, train_step(run))
     line = json.loads((tmp_path / "b/log.jsonl").read_text())
     assert started["project"] == "project" and started["config"]["lr"] == run.config.lr and [(line.pop("step"), line)] == seen
-    run.log(run.validate())
+    log(run, validate(run))
     assert {"val_lm", "val_ddpm", "val_ddpm_q1", "val_ddpm_q4"} <= seen[-1][1].keys() and all(isinstance(v, float) for v in seen[-1][1].values() if v is not None)
-    run.save()
-    Run(run.config, resume=True)
+    save(run)
+    set_up(run.config, resume=True)
     assert started["id"] == "x1" and started["resume"] == "allow"  # it goes on in the same run
 
 
 def test_a_killed_run_leaves_no_lines_that_are_logged_again(trained_vae, tmp_path):
-    run = Run(config_of(tmp_path, vae=trained_vae))
+    run = set_up(config_of(tmp_path, vae=trained_vae))
     for n in range(3):
-        run.log(run.train_step())
+        log(run, train_step(run))
         if n == 1:
-            run.save()
-    run.log_file.write('{"step": 4, "l')  # killed
-    run.log_file.flush()
-    again = Run(run.config, resume=True)
-    again.log(again.train_step())
+            save(run)
+    run.log.file.write('{"step": 4, "l')  # killed
+    run.log.file.flush()
+    again = set_up(run.config, resume=True)
+    log(again, train_step(again))
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
@@ -298,48 +303,49 @@ def test_learning_rate_warms_up_and_falls_to_its_end():
 
 def test_averaged_weights_lag_behind(trained_vae, tmp_path):
     """The first average takes 9/10 of the new weights: (1 + step) / (10 + step) of the old."""
-    run = Run(config_of(tmp_path / "out", vae=trained_vae))
+    run = set_up(config_of(tmp_path / "out", vae=trained_vae))
     before = run.model.head.weight.detach().clone()
-    run.train_step()
-    torch.testing.assert_close(run.averaged_weights()["head.weight"], 0.1 * before + 0.9 * run.model.head.weight.detach())
+    train_step(run)
+    torch.testing.assert_close(averaged_weights(run)["head.weight"], 0.1 * before + 0.9 * run.model.head.weight.detach())
 
 
 def test_images_without_noise_have_no_loss(trained_vae, tmp_path):
     """An image that only conditions (max_t 0) is shown clean, and does not enter the mean."""
-    run = Run(config_of(tmp_path / "out", vae=trained_vae))
+    run = set_up(config_of(tmp_path / "out", vae=trained_vae))
     batch = next(run.loader)
     batch.max_t[:] = 0
-    batch, x_0, t, eps = run.prepare(batch, range(len(batch.tokens)), 0)
+    batch, x_0, t, eps = run.objective.noised(batch, range(len(batch.tokens)), (0,))
     assert len(t) and (t == 0).all() and torch.equal(run.ddpm.q_sample(x_0, t, eps), x_0)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, *extras.PRESETS])
 def test_presets_build(name):
     config, resume = parse(["--config", name])
     assert config.out == f"out/{name}" and not resume
-    assert asdict(build(asdict(config))) == asdict(config)  # as from a checkpoint
+    assert asdict(cli.make(Config, asdict(config), name)) == asdict(config)  # as from a checkpoint
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_papers_sizes_keep_the_papers_recipe(name):
     c = parse(["--config", name])[0]
     assert (c.lr, c.min_lr, c.warmup, c.beta1, c.beta2, c.weight_decay, c.clip) == (3e-4, 1.5e-5, 4000, 0.9, 0.95, 0.1, 1.0)
-    assert c.rows * c.data.seq_len == 2**21 and c.max_steps == 250_000 and c.lambda_ddpm == 5 and c.steps == 250
+    assert c.rows * c.data.seq_len == 2**21 and c.max_steps == 250_000 and c.lambda_ddpm == 5 and c.sampling.steps == 250
     assert (c.diffusion.timesteps, c.diffusion.prediction, c.diffusion.t_draw, c.model.qk_norm) == (1000, "eps", "uniform", False)
-    assert (c.data.image_size, c.data.caption_first, c.data.drop_caption, c.data.image_first_max_t) == (256, 0.8, 0.1, 500)
+    assert (c.data.image_size, c.data.caption_first, c.data.drop_caption, c.data.image_first_max_t) == (256, 0.8, 0.1, 1000)
 
 
 def test_options_reach_their_place():
     config, resume = parse(["--config", "small", "--lr", "1e-3", "--dim", "64", "--n_heads", "2", "--grammar", "relations", "--vae_lr", "2e-3", "--prediction", "eps",
                             "--qk_norm", "false", "--vae_channel_multiples", "1,2", "--resume", "--out", "x/y"])  # fmt: skip
-    assert (config.lr, config.model.dim, config.data.grammar, config.autoencoder.lr, config.diffusion.prediction) == (1e-3, 64, "relations", 2e-3, "eps")
+    assert (config.lr, config.model.dim, config.extra.grammar, config.autoencoder.lr, config.diffusion.prediction) == (1e-3, 64, "relations", 2e-3, "eps")
     assert config.model.qk_norm is False and config.autoencoder.channel_multiples == (1, 2) and resume and config.out == "x/y"
-    assert parse(["--config", "small"])[0].lr == build(PRESETS["small"]).lr  # overriding leaves the preset as it was
+    assert parse(["--config", "small"])[0].lr == PRESETS["small"]["lr"]  # overriding leaves the preset as it was
 
 
 def test_every_field_is_an_option_under_one_name():
-    parts = sum(len(fields(cls)) for cls in recipe.PARTS.values()) + len(fields(Config)) - len(recipe.PARTS)
-    assert len(options()) == parts - len(recipe.DERIVED)
+    parts = [f.default_factory for f in fields(Config) if is_dataclass(f.default_factory)]
+    names = sum(len(fields(part)) for part in parts) + len(fields(Config)) - len(parts)
+    assert len(parts) == 6 and len(cli.flat(parse(["--config", "small"])[0])) == names
 
 
 # ---- Bad input: one sentence, no traceback, a non-zero exit code ------------------------------------------------------
@@ -379,7 +385,7 @@ def test_wrong_options_of_train(args, expected, tmp_path):
 ])  # fmt: skip
 def test_the_peak_is_of_the_very_device(name, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert recipe.peak_flops(torch.device("cuda")) == expected
+    assert costs.peak_flops(torch.device("cuda")) == expected
 
 
 def test_a_length_that_flex_attention_does_not_take_is_said(tmp_path, monkeypatch, capsys):
@@ -388,14 +394,14 @@ def test_a_length_that_flex_attention_does_not_take_is_said(tmp_path, monkeypatc
     (tmp_path / "file").write_text("in the way")
     for seq_len, lines in ((112, 1), (128, 0)):
         with pytest.raises(ValueError, match="cannot be written"):
-            Run(config_of(tmp_path / "file", seq_len=seq_len, compile="on"))
+            set_up(config_of(tmp_path / "file", seq_len=seq_len, compile="on"))
         assert capsys.readouterr().out.count(f"multiple of 128, not {seq_len}") == lines
 
 
 def test_one_process_speaks_for_all(monkeypatch, capsys):
     """Under torchrun: of an interrupt only the first process of a node; of an error, another one only if it is still there a while later."""
     slept = []
-    monkeypatch.setattr(sample, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(cli, "time", SimpleNamespace(sleep=slept.append))
 
     def interrupted():
         raise KeyboardInterrupt
@@ -403,10 +409,10 @@ def test_one_process_speaks_for_all(monkeypatch, capsys):
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit):
-            report_errors(interrupted, recipe.STOPPED)
+            report_errors(interrupted, runs.STOPPED)
         assert capsys.readouterr().err.count("stopped") == lines
         with pytest.raises(SystemExit, match="error: "):
-            report_errors(lambda: Config(lr=-1))
+            report_errors(lambda: cli.make(Config, {"lr": -1}, "here"))
         assert len(slept) == int(rank)
 
 
@@ -478,15 +484,15 @@ def test_resuming_from_a_bad_checkpoint(kind, small_run, tmp_path):
     (dict(optimizer="adamw"), "optimizer muon, not adamw"), (dict(rows=4), "rows 2, not 4"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_resuming_with_another_recipe(change, expected, trained_vae, tmp_path):
-    Run(config_of(tmp_path, vae=trained_vae)).save()
+    save(set_up(config_of(tmp_path, vae=trained_vae)))
     message = complaint("train.py", *flags(**TINY | change, out=tmp_path, vae=trained_vae), "--resume")
     assert "checkpoint.pt: " in message and expected in message
 
 
 def test_resuming_tells_what_else_has_changed(trained_vae, tmp_path, capsys):
-    Run(config_of(tmp_path, vae=trained_vae)).save()
+    save(set_up(config_of(tmp_path, vae=trained_vae)))
     capsys.readouterr()
-    Run(config_of(tmp_path, vae=trained_vae, max_steps=9, lr=1e-3, workers=1, micro_rows=1, log_every=1), resume=True)
+    set_up(config_of(tmp_path, vae=trained_vae, max_steps=9, lr=1e-3, workers=1, micro_rows=1, log_every=1), resume=True)
     assert capsys.readouterr().out == "--resume: changed from here on: max_steps 4 -> 9, lr 0.003 -> 0.001\n"
 
 

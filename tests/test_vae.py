@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae as vae_module
-from data import Scenes, to_pixels
-from vae import (VAE, Codebook, PatchDiscriminator, VAEConfig, adaptive_weight, codebook_usage, draw_latents, load_checkpoint, load_vae, reconstruction_loss,
-                 save_checkpoint, train_vae)  # fmt: skip
+from data import to_pixels
+from extras import load_vae
+from extras.chameleon import VQVAE, Codebook, VQConfig, codebook_usage
+from extras.runs import load_checkpoint, save_checkpoint
+from extras.scenes import Scenes
+from vae import VAE, PatchDiscriminator, VAEConfig, adaptive_weight, reconstruction_loss
 
 TINY = dict(channels=16, channel_multiples=(1, 2), n_res=0, latent_channels=8, unshuffle=2, mid_attention=False, kl_weight=0.001,
             perceptual_weight=0.0, disc_weight=0.0, steps=150, batch=16, lr=3e-3, warmup=5)  # fmt: skip
@@ -26,6 +30,13 @@ SCENES = to_pixels(np.stack([Scenes().example(i).render() for i in range(320)]))
 def pictures(first, n):
     """Scenes number first..first+n-1, of the first 256 of them over and over."""
     return SCENES[torch.arange(first, first + n) % 256]
+
+
+def train_vae(config, pictures, path, seed=0, resume=False, **more):
+    """A VAE, or a VQ-VAE if the config is one's, its checkpoints in a file."""
+    more |= {"network": VQVAE} if isinstance(config, VQConfig) else {}
+    state = load_checkpoint(path) if resume else None
+    return vae_module.train_vae(config, pictures, partial(save_checkpoint, path), state, seed, **more)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +89,7 @@ def test_encode_standardises_the_posterior():
 
 def test_kl_equals_torch_distributions():
     mean, log_var = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    z, kl = draw_latents(SimpleNamespace(codebook=None, posterior=lambda pixels: (mean, log_var)), None, torch.Generator().manual_seed(1))
+    z, kl = VAE.draw_latents(SimpleNamespace(posterior=lambda pixels: (mean, log_var)), None, torch.Generator().manual_seed(1))
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean, (log_var / 2).exp()), normal(0.0, 1.0))
     torch.testing.assert_close(kl, expected.sum() / 5)  # summed over a picture, averaged over the batch
@@ -122,7 +133,7 @@ def codebook_of(vectors, counts=None):
 def test_codes_are_those_of_the_nearest_vectors():
     """By brute force; in their places, and decoded from there."""
     torch.manual_seed(0)
-    vae = VAE(VAEConfig(**VQ)).eval()
+    vae = VQVAE(VQConfig(**VQ)).eval()
     vae.codebook.vectors.normal_(std=0.2)
     x = pictures(0, 3)
     z, codes = vae.encoder(x).detach(), vae.codes(x)
@@ -154,7 +165,7 @@ def test_the_gradient_goes_straight_through():
     """What the decoder asks of the quantised latents reaches the encoder's as it is; the commitment loss pulls these to their vectors."""
     z = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
     stand_in = SimpleNamespace(encoder=lambda pixels: z, codebook=codebook_of(torch.randn(6, 4, generator=torch.Generator().manual_seed(1))).eval())
-    quantised, commitment = draw_latents(stand_in, None)
+    quantised, commitment = VQVAE.draw_latents(stand_in, None)
     nearest, _ = stand_in.codebook(z)
     torch.testing.assert_close(quantised, nearest)
     direction = torch.randn(quantised.shape, generator=torch.Generator().manual_seed(2))
@@ -196,12 +207,12 @@ def test_usage():
 
 
 def test_a_vq_vae_learns_and_says_how_many_codes_it_uses(tmp_path, capsys):
-    vae, x = train_vae(VAEConfig(**VQ), pictures, tmp_path / "vae.pt"), SCENES[256:]
+    vae, x = train_vae(VQConfig(**VQ), pictures, tmp_path / "vae.pt"), SCENES[256:]
     constant = (x - SCENES.median(0).values).abs().mean()
     assert (x - vae.decode_codes(vae.codes(x))).abs().mean() < 0.8 * constant
     state = load_checkpoint(tmp_path / "vae.pt")
     share, perplexity = codebook_usage(torch.bincount(torch.cat([vae.codes(pictures(n, 256)) for n in range(0, 2048, 256)]).flatten(), minlength=20))
-    assert (state["codes_used"], state["code_perplexity"]) == pytest.approx((share, perplexity)) and share > 0.5
+    assert state["vae"]["usage"].tolist() == pytest.approx((share, perplexity)) and share > 0.5
     assert f"of 20 codes {share:.1%} are used; perplexity {perplexity:.1f}" in capsys.readouterr().out
     assert torch.equal(load_vae(tmp_path / "vae.pt").codes(x), vae.codes(x))
 
@@ -243,7 +254,7 @@ def test_same_seed_same_vae(tmp_path):
 
 @pytest.mark.parametrize("change", [dict(), dict(disc_weight=0.5, disc_start=2), dict(codebook=50)], ids=["plain", "with discriminator", "VQ"])
 def test_interrupted_and_resumed_equals_straight(change, tmp_path):
-    config = VAEConfig(**TINY | dict(steps=8) | change)
+    config = (VQConfig if "codebook" in change else VAEConfig)(**TINY | dict(steps=8) | change)
     straight = train_vae(config, pictures, tmp_path / "straight.pt").state_dict()
     asked = iter([False, False, False, True])
     with pytest.raises(KeyboardInterrupt):

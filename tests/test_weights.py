@@ -8,35 +8,37 @@ import pytest
 import torch
 from conftest import TINY, flags, run_here, tiny_model
 from PIL import Image
-from test_pretrained import fixture, llama_folder
+from test_pretrained import fixture, llama_folder, write_safetensors
 
-import vae as vae_module
-from data import DataConfig, Tokenizer
-from diffusion import DDPM
-from sample import Trained, export, generate, load
-from train import Config, Run, parse
-from vae import VAE, VAEConfig, measure_statistics, save_checkpoint, write_safetensors
+from data import DataConfig
+from diffusion import DDPM, SamplingConfig
+from extras import Choices
+from extras.runs import opening, save_checkpoint, written
+from extras.tokenizers import BPETokenizer, JSONTokenizer
+from extras.weights import export
+from sample import Trained, generate, load
+from train import parse, save, set_up
+from vae import VAE, VAEConfig
 
 SMALL_VAE = dict(channels=16, channel_multiples=(1, 2), n_res=0, latent_channels=3, mid_attention=False)
 
 
 @pytest.fixture
 def trained():
-    """A tiny model with a tokenizer of some merges."""
-    tokenizer = Tokenizer([(97, 98), (256, 99)])
+    """A tiny model with a tokenizer of some merges, to be exported."""
+    pytest.importorskip("safetensors", reason="pip install safetensors")
+    tokenizer = BPETokenizer([(97, 98), (256, 99)])
     model = tiny_model(scale=8.0, n_heads=4, n_kv_heads=2, vocab_size=tokenizer.vocab_size, rope_scaling=(8, 1, 4, 64))
-    config = Config(model=model.config, data=DataConfig(image_size=16, seq_len=160), steps=3, guidance_scale=1.0)
     vae = VAE(VAEConfig(**SMALL_VAE)).eval()
     vae.latent_mean += 0.5
-    return Trained(model, vae, DDPM(), tokenizer, asdict(config))
+    data, sampling = DataConfig(image_size=16, seq_len=160), SamplingConfig(steps=3, guidance_scale=1.0)
+    return Trained(model, vae, DDPM(), tokenizer, data, sampling, Choices())
 
 
 @pytest.mark.parametrize("of_tokenizer", ["merges", "json"])
 def test_what_is_exported_is_read_back(of_tokenizer, trained, tmp_path):
     if of_tokenizer == "json":
         tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
-        from data import JSONTokenizer
-
         model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "abc": 1, "b": 2}, unk_token="[UNK]"))
         trained.tokenizer = JSONTokenizer(model.to_str())
     export(trained, tmp_path / "a" / "model")
@@ -57,10 +59,10 @@ def test_what_is_exported_is_read_back(of_tokenizer, trained, tmp_path):
 
 @pytest.mark.parametrize("broken, message", [
     (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "'llama'"),
-    (lambda f: (f / "config.json").write_text('{"model_type": "transfusion"}'), "not of this version"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "transfusion"}'), "is not a checkpoint of train.py"),
     (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
     (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"n_layers": 2', '"n_layers": 3')), "do not have the sizes"),
-    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"n_layers": 2', '"layers": 2')), "not of this version.*layers"),
+    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"n_layers": 2', '"layers": 2')), "has an unknown layers"),
     (lambda f: (f / "config.json").unlink(), "checkpoint.pt: no such checkpoint"),
     (lambda f: (f / "vae.safetensors").unlink(), "vae.safetensors: no such file"),
     (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "model.safetensors: .*truncated"),
@@ -83,7 +85,33 @@ def test_where_nothing_can_be_written_it_says_so(tmp_path):
         write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
 
 
+@pytest.mark.parametrize("error, message", [
+    (FileNotFoundError(2, "No such file"), "x.tar: no such file$"), (NotADirectoryError(20, "Not a directory"), "x.tar: no such file$"),
+    (PermissionError(13, "Permission denied"), r"x.tar: cannot be read \(Permission denied\)$"), (EOFError(), r"x.tar: is not a tar \(EOFError\)$"),
+    (KeyError("a\nb"), "x.tar: is not a tar .*KeyError"), (ValueError("two\nlines " + "x" * 1000), r"x.tar: is not a tar \(ValueError: two lines x+\)$"),
+    (ValueError("x.tar: holds nothing"), "^x.tar: holds nothing$"),
+])  # fmt: skip
+def test_what_goes_wrong_with_a_file_is_one_sentence(error, message):
+    with pytest.raises(ValueError, match=message) as caught, opening("x.tar", "a tar"):
+        raise error
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 150
+    with pytest.raises(KeyboardInterrupt), opening("x.tar", "a tar"):
+        raise KeyboardInterrupt
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    with written(path) as file:
+        file.write(b"old")
+        assert not path.exists()
+    with pytest.raises(OSError, match="b.txt: could not be saved .*7.*is intact"), written(path) as file:
+        file.write(b"half of the new")
+        raise RuntimeError(7)
+    assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["b.txt"]
+
+
 def test_script_exports(small_run, tmp_path):
+    pytest.importorskip("safetensors", reason="pip install safetensors")
     checkpoint = small_run[0] / "out/small/checkpoint.pt"
     code, out, err = run_here("sample.py", "--ckpt", checkpoint, "--export", tmp_path / "model", "--device", "cpu")
     assert code == 0 and "vae.safetensors" in out, err
@@ -178,7 +206,7 @@ def test_training_starts_from_our_own(small_run, tmp_path):
     (dict(init_from="ours", patch_encoder="unet"), "trained with patch_encoder linear; give --patch_encoder linear"),
     (dict(init_from="ours", image_attention="causal"), "trained with image_attention bidirectional; give --image_attention bidirectional"),
     (dict(init_from="ours", prediction="eps"), "trained with prediction v; give --prediction v"),
-    (dict(init_from="ours", vae="other.pt"), "--vae .*other.pt: has latents of 3 channels, 2 pixels apart, but the checkpoint was trained on latents of 4 channels, 4 pixels apart"),
+    (dict(init_from="ours", vae="other.pt"), "--vae .*other.pt: has latents of 3 channels, 2 pixels apart, .*but the checkpoint was trained on latents of 4 channels, 4 pixels apart"),
     (dict(vae="broken.safetensors"), "broken.safetensors: is not a safetensors file"),
 ])  # fmt: skip
 def test_what_cannot_be_started_from_is_refused(options, message, small_run, tmp_path):
@@ -197,15 +225,15 @@ def test_what_cannot_be_started_from_is_refused(options, message, small_run, tmp
 def test_the_mask_is_that_of_the_model_that_is_trained(theirs, ours, trained_vae, tmp_path):
     """And so of the stored configuration: with --init_from and with --resume, whatever stands on the command line."""
     config = lambda name, **options: parse(flags(**TINY | dict(device="cpu", vae=trained_vae, out=tmp_path / name) | options))[0]
-    Run(config("first", image_attention=theirs)).save()
+    save(set_up(config("first", image_attention=theirs)))
     options = dict(init_from=tmp_path / "first/checkpoint.pt")
     with pytest.raises(ValueError, match=f"was trained with image_attention {theirs}; give --image_attention {theirs}"):
-        Run(config("second", image_attention=ours, **options))
+        set_up(config("second", image_attention=ours, **options))
     for attention, resume in ((theirs, False), (ours, True)):
-        run = Run(config("second", image_attention=attention, **options), resume)
+        run = set_up(config("second", image_attention=attention, **options), resume)
         assert run.config.model.image_attention == run.model.config.image_attention == theirs
-        assert torch.equal(run.mask(torch.zeros(1, 2, dtype=torch.long))[0, 0], torch.tensor([[True, theirs == "bidirectional"], [True, True]]))
-        run.save()
+        assert torch.equal(run.objective.mask(torch.zeros(1, 2, dtype=torch.long))[0, 0], torch.tensor([[True, theirs == "bidirectional"], [True, True]]))
+        save(run)
 
 
 def test_another_vae_is_refused_when_training_goes_on(small_run, tmp_path):
@@ -219,7 +247,8 @@ def test_another_vae_is_refused_when_training_goes_on(small_run, tmp_path):
 
 def test_a_pretrained_vae_is_measured_before_it_is_used(tmp_path, monkeypatch):
     """A file of latent diffusion does not say how its latents are scaled. Here four pictures must do."""
-    monkeypatch.setattr(vae_module, "measure_statistics", lambda vae, pictures, batch: measure_statistics(vae, lambda first, n: pictures(first, 4), 2048))
+    measure = VAE.measure_statistics
+    monkeypatch.setattr(VAE, "measure_statistics", lambda vae, pictures, batch: measure(vae, lambda first, n: pictures(first, 4), 2048))
     _, _, weights = fixture("vaes.npz", "latent diffusion")
     torch.save({"state_dict": weights}, tmp_path / "sd.ckpt")
     code, out, err = train(tmp_path, "a", vae=tmp_path / "sd.ckpt")

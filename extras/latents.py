@@ -1,0 +1,98 @@
+"""Images encoded once by the VAE, and read in their place: the posterior's means and log-variances."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import to_pixels
+from extras.runs import read_json, written
+from extras.sources import say
+
+
+class Latents:
+    """What write_latents wrote of one source; latents(row): float16 (2 C, h, w), mean and log-variance."""
+
+    def __init__(self, folder, images, image_size):
+        self.folder = Path(folder)
+        try:
+            self.index = read_json(self.folder / "index.json")
+            self.shards = [np.load(file, mmap_mode="r") for file in sorted(self.folder.glob("*.npy"))]
+            of, side = self.index["pictures"], self.index["image_size"]
+        except (OSError, ValueError, KeyError) as error:
+            advice = "write them with vae.py --encode"
+            raise ValueError(f"--latents {folder}: cannot be read ({error}); {advice}") from None
+        if (of, side) != (images, image_size):
+            wanted = f"not of {images:,} of {image_size}"
+            raise ValueError(f"--latents {folder}: are of {of:,} pictures of {side} pixels, {wanted}")
+        if (done := sum(map(len, self.shards))) != images:
+            missing = f"only {done:,} of {images:,} pictures are encoded"
+            raise ValueError(f"--latents {folder}: {missing}; start vae.py --encode again, it goes on")
+
+    def __call__(self, row):
+        shard, place = divmod(row, self.index["shard"])
+        latents = np.array(self.shards[shard][place])
+        if np.isnan(latents[0, 0, 0]):
+            raise ValueError(f"picture {row} of {self.folder}: could not be read when it was to be encoded")
+        return latents
+
+
+def fingerprint(vae):
+    """A short text that tells this VAE's weights from any other's."""
+    weights = [value.detach().cpu().contiguous().numpy().tobytes() for value in vae.state_dict().values()]
+    return hashlib.sha256(b"".join(weights)).hexdigest()[:16]
+
+
+@torch.no_grad()
+def encode(vae, pairs, rows, batch):
+    """The latents of rows of some Pairs: float16 (rows, 2 C, h, w), NaN where an image cannot be read."""
+    side = pairs.image_size // vae.config.factor
+    latents = np.full((len(rows), 2 * vae.config.latent_channels, side, side), np.nan, np.float16)
+    for start in range(0, len(rows), batch):
+        images = {}
+        for place in range(start, min(start + batch, len(rows))):
+            try:
+                images[place] = pairs.read(rows[place])
+            except ValueError as error:
+                say(f"skipped: {error}")
+        if images:
+            x = to_pixels(np.stack(list(images.values()))).to(vae.latent_mean.device)
+            z = torch.cat(vae.posterior(x), dim=1).clamp(-6e4, 6e4)  # float16 ends at 65504
+            latents[list(images)] = z.cpu().numpy()
+    return latents
+
+
+def write_latents(vae, sources, folder, shard=4096, batch=32):
+    """Encode every image of some Pairs once, into folder/0/00000.npy and so on -> how many cannot be read.
+
+    A file that is there already is kept, so an interrupted run goes on.
+    """
+    broken = 0
+    for number, pairs in enumerate(sources):
+        place, total = Path(folder) / str(number), len(pairs.table.rows)
+        index = {"pictures": total, "shard": shard, "image_size": pairs.image_size, "vae": fingerprint(vae)}
+        if (place / "index.json").exists() and read_json(place / "index.json") != index:
+            raise ValueError(
+                f"{place}: holds latents of other pictures or of another VAE; name an empty folder"
+            )
+        with written(place / "index.json") as file:
+            file.write(json.dumps(index).encode())
+        for first in tqdm(range(0, total, shard), desc=f"encode {number}"):
+            path = place / f"{first // shard:05d}.npy"
+            if not path.exists():
+                latents = encode(vae, pairs, range(first, min(first + shard, total)), batch)
+                with written(path) as file:
+                    np.save(file, latents)
+            broken += int(np.isnan(np.load(path, mmap_mode="r")[:, 0, 0, 0]).sum())
+    return broken
+
+
+def check_latents(folder, vae):
+    """Raises ValueError unless --latents were made by this VAE."""
+    for index in Path(folder).glob("*/index.json"):
+        if read_json(index).get("vae") != fingerprint(vae):
+            advice = "give the one that made them with --vae, or encode again"
+            raise ValueError(f"--latents {folder}: were made by another VAE; {advice}")

@@ -1,0 +1,89 @@
+"""What a run says: lines on the terminal, JSON lines in a file, and the same in Weights & Biases."""
+
+import json
+import math
+from dataclasses import asdict
+
+from extras.costs import peak_flops
+from extras.machine import machine, say
+from extras.runs import keep_old
+
+
+def import_wandb():
+    """The optional package wandb. Raises ValueError if it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs a package that is not installed: pip install wandb") from None
+    return wandb
+
+
+class Log:
+    """The log of a run, kept by its first process: log.jsonl in its folder, and --wandb's project if there is one.
+
+    state: the checkpoint that training goes on from, or None; what a killed run logged after it is cut off.
+    """
+
+    def __init__(self, run, state):
+        config, self.rank, self.file, self.wandb = run.config, run.rank, None, None
+        self.tokens = config.rows * config.data.seq_len  # positions of a step
+        self.peak = (machine(config, run.device)[0] and peak_flops(run.device) or 0) * run.ranks
+        self.steps, self.seconds, self.flops = 0, 0.0, 0.0  # since the last line
+        if run.rank:
+            return
+        if not state:
+            keep_old(run.out, ("checkpoint.pt", "log.jsonl"))
+        self.file = (run.out / "log.jsonl").open("a")
+        if state:
+            self.file.truncate(min(self.file.tell(), state.get("log", math.inf)))
+        if config.wandb:
+            again = dict(id=state and state.get("wandb"), resume="allow")
+            self.wandb = import_wandb().init(
+                project=config.wandb, config=asdict(config), dir=run.out, **again
+            )
+
+    def begin(self, run):
+        """Say what is trained, and where."""
+        where = f"{run.ranks} x {run.device.type}" if run.ranks > 1 else str(run.device)
+        parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+        of_peak = f"; MFU is of {self.peak / run.ranks / 1e12:.0f} TFLOP/s, dense bf16" if self.peak else ""
+        sizes = f"{parameters:.2f} M parameters, {run.config.max_steps:,} steps, on {where}"
+        say(run, f"2. the transformer ({sizes}){of_peak}")
+
+    def pace(self, seconds, flops):
+        """Note what a step took."""
+        self.steps, self.seconds, self.flops = self.steps + 1, self.seconds + seconds, self.flops + flops
+
+    def step(self, step, values, names):
+        """Log a training step, with the pace since the last line. names: of its losses."""
+        values |= dict(flops=self.flops / self.steps, ms=1000 * self.seconds / self.steps)
+        values |= dict(tokens_per_s=self.steps * self.tokens / self.seconds)
+        line = " | ".join(f"{name} {values[name]:.3f}" for name in names)
+        line += f" | norm {values['norm']:.2f} | lr {values['lr']:.1e} | fill {values['fill']:.1%}"
+        line += f" | {values['ms']:.0f} ms | {values['tokens_per_s']:,.0f} tokens/s"
+        if self.peak:
+            values["mfu"] = self.flops / self.seconds / self.peak
+            line += f" | MFU {values['mfu']:.1%}"
+        self.steps, self.seconds, self.flops = 0, 0.0, 0.0
+        self.write(step, values)
+        say(self, f"iter {step:6} | {line}")
+
+    def validation(self, step, found):
+        """Log the losses of a validation: {name: mean or None}."""
+        self.write(step, found)
+        means = (
+            f"{name.removeprefix('val_')} " + ("-" if v is None else f"{v:.3f}") for name, v in found.items()
+        )
+        say(self, "held out: " + " | ".join(means))
+
+    def write(self, step, values):
+        """One line: {name: number} of a step."""
+        if self.rank == 0:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def state(self):
+        """What a checkpoint keeps: where the file ends, and what the run is called elsewhere."""
+        return {"log": self.file.tell(), "wandb": self.wandb and self.wandb.id}

@@ -1,0 +1,47 @@
+"""What this machine does of what the options ask for: precision, compilation, FlexAttention."""
+
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from attention_mask import flex_mask, transfusion_mask
+
+
+def say(run, text):
+    """Print, once for all processes, and without cutting a progress bar in two."""
+    if run.rank == 0:
+        tqdm.write(text)
+
+
+def machine(config, device):
+    """What this machine does of what the options ask for: (bfloat16?, compiled blocks?, what makes the masks)."""
+    cuda = device.type == "cuda"
+    has_bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
+    bf16 = config.precision == "bf16" or config.precision == "auto" and has_bf16 and device.type != "mps"
+    compiled = config.compile == "on" or config.compile == "auto" and cuda
+    blocks = cuda and compiled and config.data.seq_len % 128 == 0
+    if config.attention == "flex" and not blocks:
+        needed = "CUDA, compiled blocks and a --seq_len that is a multiple of 128"
+        raise ValueError(f"--attention flex needs {needed}; leave it at auto")
+    make = flex_mask if blocks and config.attention != "sdpa" else transfusion_mask
+    return bf16, compiled, partial(make, causal=config.model.image_attention == "causal")
+
+
+def check(run):
+    """Raises ValueError, before anything is made, on what cannot be done here."""
+    config, device = run.config, run.device
+    if config.rows % (run.ranks * (config.micro_rows or 1)):
+        times = f" times micro_rows, {config.micro_rows}" if config.micro_rows else ""
+        raise ValueError(f"rows is {config.rows}; it must be a multiple of the {run.ranks} processes{times}")
+    _, compiled, _ = machine(config, device)
+    if config.attention == "auto" and device.type == "cuda" and compiled and config.data.seq_len % 128:
+        wanted = f"FlexAttention wants a --seq_len that is a multiple of 128, not {config.data.seq_len}"
+        say(run, f"attention is SDPA with a dense mask, which is slower: {wanted}")
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / "log.jsonl").open("a").close()
+    except OSError as error:
+        raise ValueError(f"--out {run.out}: cannot be written to ({error.strerror})") from None
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16

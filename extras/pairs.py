@@ -1,0 +1,365 @@
+"""Images with captions: a folder of them, tars, or COCO's captions JSON; and from an image file to pixels."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import tarfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from extras.latents import Latents
+from extras.runs import opening
+from extras.sources import Mixture
+from extras.tables import Found, Table, files_below, held_out, listed
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CAPTIONS = (".txt", ".json")
+LONGEST = 2**20  # bytes of a file with a caption
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others: Pillow runs a program for EPS
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text beside the pixels does no harm
+
+
+# ---- From an image file to pixels ----------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def to_srgb(profile, mode):
+    """What converts pixels with this ICC profile to sRGB; None if it is no profile of such pixels."""
+    with contextlib.suppress(ImageCms.PyCMSError, OSError):
+        return ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+def fit_image(image, image_size):
+    """A PIL image as uint8 (image_size, image_size, 3): upright, sRGB on white, cropped to its centre."""
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    mode = "CMYK" if image.mode == "CMYK" else Image.getmodebase(image.mode)  # the latter is L or RGB
+    convert = to_srgb(image.info["icc_profile"], mode) if image.info.get("icc_profile") else None
+    image = image.copy()
+    with contextlib.suppress(Exception):  # whatever is wrong with its metadata
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "FI":  # numbers of more than 8 bits, which Pillow would clip to white
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                "its pixels are floating-point numbers or beyond 16 bits; save it with 8 or 16 bits"
+            )
+        white = values == image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(white, 255, values // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(mode if convert else "RGB")
+    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
+    return np.array(ImageCms.applyTransform(image, convert) if convert else image)
+
+
+def load_image(file, image_size, name=None):
+    """An image file (a path, or a binary file with its name) as `fit_image` makes it; of several, the first.
+
+    Raises ValueError, naming it, if that cannot be done, or it has more pixels than Pillow's limit.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG may be decoded at 1/2, 1/4, 1/8
+                return fit_image(image, image_size)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except Exception as error:  # Pillow raises many kinds for broken files
+        unknown = "it is in none of the formats " + ", ".join(FORMATS)
+        reason = unknown if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name or file}: cannot be read as an image ({reason})") from None
+
+
+# ---- Pairs of files ------------------------------------------------------------------------------
+
+
+def is_image(name):
+    """Is a file called as an image is?"""
+    return name.lower().endswith(IMAGES)
+
+
+def leads_out(name):
+    """Does a path lead out of the place that it is relative to?"""
+    return name.startswith(("/", "\\")) or os.path.isabs(name) or ".." in re.split(r"[/\\]", name)
+
+
+def clean_caption(text):
+    """A caption as it is trained on: one line of what can be encoded; "" if there is nothing to see."""
+    text = text.replace("\0", " ").encode(errors="replace").decode() if isinstance(text, str) else ""
+    return " ".join(text.strip().splitlines()) if any(c.isprintable() and c != " " for c in text) else ""
+
+
+def read_part(path, offset, size):
+    """So many bytes of a file."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def read_captions(part, suffix):
+    """The captions in a .txt, or a .json with a "caption" -> (captions, what is wrong if there are none)."""
+    try:
+        text = read_part(*part).decode("utf-8-sig")
+        captions = json.loads(text)["caption"] if suffix == ".json" else text
+    except OSError:
+        return [], "with a caption that cannot be read"
+    except UnicodeDecodeError:
+        return [], "with a caption that is not UTF-8"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return [], 'with a .json that is no JSON object with a "caption"'
+    captions = captions if isinstance(captions, list) else [captions]
+    return list(filter(None, map(clean_caption, captions))), "with an empty caption"
+
+
+def join(parts, where, found):
+    """The pairs among these files, {name: (path, offset, size)} -> (image's name, captions) of each.
+
+    Files with the same name but for the suffix are a pair. Those without a partner join what has the same
+    name up to the first dot, as in WebDataset. where: what messages put before a name.
+    """
+    samples = {}
+    for name in parts:
+        samples.setdefault(os.path.splitext(name)[0], []).append(name)
+    for stem in list(samples):
+        key = re.sub(r"\.[^/\\]*$", "", stem)
+        if key != stem and len(set(map(is_image, samples[stem]))) == 1:
+            samples.setdefault(key, []).extend(samples.pop(stem))
+    for files in samples.values():
+        images, captions, reason = list(filter(is_image, files)), [], "without a caption"
+        for suffix in CAPTIONS:
+            for name in files:
+                if not captions and name.lower().endswith(suffix):
+                    captions, reason = read_captions(parts[name], suffix)
+        if not images:
+            found.skip("captions without a picture", where + files[-1], lost=0)
+        elif captions:
+            found.good += 1
+            yield images.pop(0), captions
+            reason = "pictures too many for one caption"
+        for _ in images:
+            found.skip(reason, where + files[-1], lost=not captions)
+
+
+def record(name, captions, place, offset=0, size=0):
+    """A pair as the table keeps it; by its name it is held out or not. offset: 0 = a file of its own."""
+    content = "\0".join([name, *captions]).encode(errors="surrogateescape")
+    return content, place, offset, size, held_out(os.path.splitext(name)[0])
+
+
+def tar_parts(path, found):
+    """The images and captions in a tar -> {name: (path, offset, size)}. Raises ReadError if it is no tar.
+
+    A name is no more than a label, and a link is never followed.
+    """
+    parts, end = {}, os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # or it would keep every one
+                name = "".join(c if c.isprintable() else "?" for c in member.name).removeprefix("./")
+                where, lost = f"{path}: {name}", is_image(name)
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{name} is of size {member.size}")
+                if member.isdir() or not name.lower().endswith(IMAGES + CAPTIONS):
+                    continue
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    found.skip("links and special files", where, lost=0)
+                elif leads_out(name):
+                    found.skip("names that lead out of the tar", where, lost)
+                elif member.offset_data + member.size > end:
+                    found.skip("cut short", where, lost)
+                elif "/." not in "/" + name:  # not hidden
+                    if name in parts:
+                        found.skip("names that come twice (the last one counts)", where, lost=0)
+                    parts[name] = path, member.offset_data, member.size
+            tar.fileobj.seek(tar.offset)
+            whole = tar.fileobj.read(512) == bytes(512)  # a tar ends with zeros
+    except tarfile.ReadError:
+        whole = False
+        if not parts:
+            raise
+    if not whole:
+        found.skip("tars cut short or damaged", path, lost=0)
+    return parts
+
+
+def records(places, parts_of, found):
+    """The pairs in a folder, or in some tars; nothing is unpacked. parts_of(place): what `join` takes.
+
+    A broken tar counts as lost pairs, as many as another holds.
+    """
+    broken = []
+    for number, place in enumerate(places):
+        try:
+            parts = parts_of(place)
+            for name, captions in join(parts, f"{place}: " if place.is_file() else "", found):
+                yield record(name, captions, number, *parts[name][1:])
+        except tarfile.ReadError as error:
+            broken.append(f"{place}: is not an uncompressed tar, or is broken from the start ({error})")
+    for reason in broken:
+        found.skip("broken tars", reason, lost=1 + found.good // len(places))
+
+
+def coco_folders(path):
+    """Where the images of a COCO captions file may be."""
+    part = path.stem.removeprefix("captions_")
+    names = (".", "images", part, f"images/{part}")
+    return [parent / name for parent in (path.parent, path.parent.parent) for name in names]
+
+
+def coco_records(path, found):
+    """The images of a COCO captions file, with all their captions, from the folder that has most of them."""
+    captions, folders = {}, coco_folders(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        images = [image for image in content["images"] if isinstance(image["file_name"], str)]
+        names = {image["id"]: image["file_name"] for image in images}
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(clean_caption(annotation["caption"]))
+        first = images[0]["file_name"]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        shape = '{"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}'
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: is not COCO captions ({reason}); expected {shape}") from None
+    likely = [name for name in names.values() if not leads_out(name)][:100]
+    there = lambda folder: sum(os.path.isfile(folder / name) for name in likely)
+    root = max(folders, key=there)
+    if not there(root):
+        looked = ", ".join(map(str, folders))
+        raise ValueError(f"{path}: its pictures ({first}, ...) are not there; looked in {looked}")
+    for _ in range(len(content["images"]) - len(names)):
+        found.skip("images with an id that was there before, or without a name", path, lost=0)
+    for number, name in names.items():
+        texts = list(filter(None, captions.pop(number, [])))
+        if leads_out(name):
+            found.skip("names that lead out of the folder", name)
+        elif not texts:
+            found.skip("without a caption", name)
+        elif not os.path.isfile(root / name):
+            found.skip("without the picture", root / name)
+        else:
+            found.good += 1
+            yield record(name, texts, folders.index(root))
+    for number in captions:
+        found.skip("captions of unknown images", f"image_id {number}", lost=0)
+
+
+# ---- Sources of pairs ----------------------------------------------------------------------------
+
+
+def find(path, found):
+    """What --data names -> (the places that images are in, what changes when they do, the records)."""
+    files = files_below(path, found)
+    tars = [name for name in files if name.lower().endswith(".tar")]
+    images = list(filter(is_image, files))
+    texts = [name for name in files if name.lower().endswith(CAPTIONS)]
+    reason = "no pictures here" if path.is_dir() else "is no folder, .tar or .json"
+    if path.is_dir() and tars and images:
+        both = f"{len(tars):,} tars and {len(images):,} pictures"
+        raise ValueError(f"{path}: holds {both}; name the tars, or a folder of the pictures alone")
+    if tars:
+        places = [path / name for name in tars] if path.is_dir() else [path]
+        key = [(name, files[name]) for name in tars]
+        return places, key, records(places, lambda place: tar_parts(place, found), found)
+    if path.is_dir() and images:
+        key = images, [(name, files[name]) for name in texts]
+        parts_of = lambda place: {name: (place / name, 0, LONGEST) for name in images + texts}
+        return [path], key, records([path], parts_of, found)
+    if files and path.suffix.lower() == ".json":
+        folders = coco_folders(path)
+        counts = [sum(map(is_image, os.listdir(f))) if f.is_dir() else 0 for f in folders]
+        return folders, (files, counts), coco_records(path, found)
+    if ".tar" in path.suffixes:
+        reason += "; a .tar must not be compressed"
+    if not path.exists():
+        reason = "no such file or folder"
+    wanted = "a folder of pictures with same-named .txt captions, tars of them, or COCO captions in a .json"
+    raise ValueError(f"{path}: {reason}; --data wants {wanted}")
+
+
+class Pairs:
+    """Images with captions. path: one of three things.
+
+    A folder of images with captions in .txt or .json files of the same name. A tar, or a folder of tars, as
+    img2dataset and WebDataset write them, with files named so. COCO's captions JSON, the images in a folder
+    near it; each epoch takes another one of an image's captions.
+
+    A tenth, by a hash of the name, is the "held_out" split; the rest is "train", in a new order each epoch;
+    "seen" is a part of it. What cannot be used is left out and counted. ValueError if that is too much.
+    """
+
+    SPLITS = ("train", "seen", "held_out")
+
+    def __init__(self, path, image_size, split="train", seed=0, max_broken=0.05, cache="", latents=""):
+        self.options = path, image_size, split, seed, max_broken, cache, latents
+        self.image_size, found = image_size, Found("pictures with captions")
+        self.places, key, records = find(Path(path), found)
+        self.table = Table(path, key, records, found, split, seed, max_broken, cache)
+        load = Latents(latents, len(self.table.rows), image_size) if latents else self.read
+        self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(load)  # at most 64 MB of pixels
+
+    def __len__(self):
+        return len(self.table)
+
+    def __reduce__(self):
+        return Pairs, self.options
+
+    def _texts(self, row):
+        """Name and captions of a row of the table."""
+        return self.table.data(row).tobytes().decode(errors="surrogateescape").split("\0")
+
+    def _name(self, row):
+        """What messages call a row: its file."""
+        _, place, offset, _, _ = self.table.rows[row]
+        return f"{self.places[place]}{': ' if offset else os.sep}{self._texts(row)[0]}"
+
+    def read(self, row):
+        """The image in a row of the table, train and held out alike. Raises ValueError if it is broken."""
+        _, place, offset, size, _ = self.table.rows[row]
+        name = self._texts(row)[0]
+        if leads_out(name):  # the table may have come with the data
+            raise ValueError(f"{self._name(row)}: lies outside of the data")
+        if not offset:
+            return load_image(self.places[place] / name, self.image_size)
+        with opening(self.places[place], "a tar"):
+            file = io.BytesIO(read_part(self.places[place], offset, size))
+        return load_image(file, self.image_size, self._name(row))
+
+    def pair(self, index):
+        """(caption, function that loads the image or raises ValueError); index runs on over the epochs."""
+        row, epoch = self.table.at(index)
+        _, *captions = self._texts(row)
+        return captions[(row + epoch) % len(captions)], lambda: self._load(row)
+
+    def captions(self, index):
+        """All that is written about the image of pair number `index`."""
+        return self._texts(self.table.at(index)[0])[1:]
+
+    def name(self, index):
+        """The file that pair number `index` is in."""
+        return self._name(self.table.at(index)[0])
+
+
+def open_sources(config, split="train", seed=0):
+    """The source of pairs that --data names, of one path or of several with weights."""
+    data, extra, sources, weights = config.data, config.extra, [], []
+    for number, item in enumerate(listed(extra.data)):
+        weighted = None if Path(item).exists() else re.fullmatch(r"(.*):([0-9]*\.?[0-9]+)", item)
+        path, weight = weighted.groups() if weighted else (item, 1)
+        weights.append(float(weight))
+        if not path or not weights[-1]:
+            wanted = "paths with commas between them, each with a weight above 0 if any, as in a:2,b.tar"
+            raise ValueError(f"--data {extra.data}: wants {wanted}")
+        latents = str(Path(extra.latents) / str(number)) if extra.latents else ""
+        sources.append(Pairs(path, data.image_size, split, seed, data.max_broken, extra.cache, latents))
+    return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]

@@ -1,0 +1,70 @@
+"""Several processes: who they are, sums over them, and weights that they share (FSDP2 and HSDP, Zhao et al. 2023).
+
+With --fsdp the processes share the weights, gradients and the optimiser's state, and the weights of a
+block are gathered as it runs. With --shard n, each n processes share one copy (HSDP), so that a node can
+keep its traffic to itself.
+"""
+
+import os
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+
+def join(device):
+    """Join the processes that torchrun started, if it did -> (rank, number of processes, this process's device)."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # A long patience: the others wait while the first process trains the VAE, draws samples and saves.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    if not dist.is_initialized():
+        return 0, 1, device
+    here = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+    return dist.get_rank(), dist.get_world_size(), here
+
+
+def total(values, device):
+    """Sums over all processes: list of numbers -> list of floats."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def seen_by_all(path, device):
+    """Is there such a file? Raises ValueError if some processes see it and others do not."""
+    seen, ranks = total([path.exists(), 1], device)
+    if 0 < seen < ranks:
+        shared = "--out must be a folder that all nodes share"
+        raise ValueError(f"{path}: {seen:.0f} of the {ranks:.0f} processes can see it; {shared}")
+    return seen > 0
+
+
+def share_weights(model, device, shard=0, bf16=False):
+    """Cut the weights of a model between the processes, in place. shard: so many share one copy; 0 = all.
+
+    bf16: weights are gathered as bfloat16; their shards, and the sums of gradients, stay float32. Raises
+    ValueError if `shard` does not divide the number of processes.
+    """
+    ranks = dist.get_world_size()
+    shard = shard or ranks
+    if ranks % shard:
+        raise ValueError(f"shard is {shard}; it must divide the number of processes, {ranks}")
+    mesh = init_device_mesh(device.type, (ranks // shard, shard), mesh_dim_names=("replicas", "shards"))
+    dtype = torch.bfloat16 if bf16 else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in [*model.blocks, model]:
+        fully_shard(part, mesh=mesh["shards"] if ranks == shard else mesh, mp_policy=policy)
+
+
+def checkpoint_activations(model):
+    """Have every block keep its input only, and run again in the backward pass; before `share_weights`."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

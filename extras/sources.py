@@ -1,0 +1,193 @@
+"""What sources of documents have in common: order without a table, mixtures, and what is left out.
+
+A source of pairs has `pair(i)` -> (caption, load), `captions(i)`, `name(i)`, and a length if it ends; a
+source of text has `ids(i)`. Everything is a function of (seed, index).
+"""
+
+import itertools
+import sys
+from functools import lru_cache
+
+import numpy as np
+
+from data import document_length
+
+
+def mix(*numbers):
+    """Integers to 64 well-mixed bits (splitmix64, Steele et al. 2014)."""
+    x, word = 0, 2**64 - 1
+    for n in numbers:
+        x = ((x ^ n) + 0x9E3779B97F4A7C15) & word
+        x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & word
+        x = ((x ^ x >> 27) * 0x94D049BB133111EB) & word
+        x ^= x >> 31
+    return x
+
+
+def shuffled(i, n, key):
+    """Where number i comes in the shuffle of 0..n-1 that the integer `key` picks, without a table.
+
+    A Feistel network permutes the numbers below the next power of 4. It is applied again to what falls
+    outside (Black & Rogaway 2002).
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = i >> half, i & ((1 << half) - 1)
+        for turn in range(4):
+            left, right = right, left ^ (mix(key, turn, right) & ((1 << half) - 1))
+        i = left << half | right
+        if i < n:
+            return i
+
+
+def interleave(index, weights, seed):
+    """Which of several sources number `index` comes from, and its number there.
+
+    Each source is used in proportion to its weight, at irregular intervals, in order but for a shuffle of
+    neighbours.
+    """
+    if len(weights) == 1:
+        return 0, index
+    block, i = divmod(index, 1024)
+    index = 1024 * block + shuffled(i, 1024, mix(seed, 9, block))
+    for which in range(len(weights) - 1):
+        share = round(
+            weights[which] / sum(weights[which:]) * 2**32
+        )  # of those that the sources before have left
+        before = index * share >> 32
+        if (index + 1) * share >> 32 > before:
+            return which, before
+        index -= before
+    return len(weights) - 1, index
+
+
+class Mixture:
+    """Several sources of pairs as one, each drawn from in proportion to its weight. Epochs are each source's own."""
+
+    def __init__(self, sources, weights, seed=0):
+        self.sources, self.weights, self.seed = sources, weights, seed
+
+    def __len__(self):
+        return sum(map(len, self.sources))
+
+    def _at(self, index):
+        which, number = interleave(index, self.weights, self.seed)
+        return self.sources[which], number
+
+    def pair(self, index):
+        """(caption, load) of pair number `index`."""
+        source, number = self._at(index)
+        return source.pair(number)
+
+    def captions(self, index):
+        """All that is written about its image."""
+        source, number = self._at(index)
+        return source.captions(number)
+
+    def name(self, index):
+        """What messages call it."""
+        source, number = self._at(index)
+        return source.name(number)
+
+
+class WithText:
+    """Documents with images, and between them text alone, so that it makes `text_fraction` of all positions.
+
+    illustrated: makes the former, as data.PairDocuments does. text: a source of text.
+    """
+
+    def __init__(self, illustrated, text, text_fraction, n_patches, seed=0):
+        self.options = illustrated, text, text_fraction, n_patches, seed
+        self.kinds, self.text, self.seed = (illustrated, self._text), text, seed
+        self.n_pairs = illustrated.n_pairs
+        # The mean lengths decide how many of each make the share of positions.
+        lengths = [np.mean([document_length(make(i), n_patches) for i in range(500)]) for make in self.kinds]
+        self.weights = [(1 - text_fraction) / lengths[0], text_fraction / lengths[1]]
+
+    def __reduce__(self):  # how it travels to worker processes that are not forked
+        return WithText, self.options
+
+    def _text(self, number):
+        return [self.text.ids(number)]
+
+    def __call__(self, index):
+        """Document `index`: a list of segments."""
+        which, number = interleave(index, self.weights, self.seed)
+        return self.kinds[which](number)
+
+    def name(self, index):
+        """What messages call document `index`."""
+        is_text, number = interleave(index, self.weights, self.seed)
+        return f"text {number}" if is_text else self.kinds[0].name(number)
+
+
+# ---- What is left out ----------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def say(message):
+    """Print on stderr what somebody should know, once, whatever odd characters a file's name brings."""
+    print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr, flush=True)
+
+
+class Skipped:
+    """Counts what is left out, each thing once, and names it on stderr. what: the plural of what is counted.
+
+    Raises ValueError when it is more than a share `max_broken` of what was seen, or of 100.
+    """
+
+    def __init__(self, what, max_broken):
+        self.what, self.max_broken = what, max_broken
+        self.seen, self.named = 0, set()
+
+    @property
+    def skipped(self):
+        """How many different things were left out."""
+        return len(self.named)
+
+    def count(self, seen, messages=()):
+        """`seen` more things, of which those that `messages` name were left out."""
+        self.seen += seen
+        self.named |= set(messages)
+        for message in messages:
+            say(f"skipped: {message}")
+        if messages and self.skipped > self.max_broken * max(self.seen, 100):
+            share = f"{self.skipped} of {self.seen} {self.what} had to be left out"
+            raise ValueError(
+                f"{share}, more than --max_broken {self.max_broken:g} allows; the last: {messages[-1]}"
+            )
+
+
+def fitting(pairs, n, tokenizer, seq_len, n_patches):
+    """Numbers of the first n pairs of an epoch whose first caption fits a row beside the image, or of all such.
+
+    A longer one is not trained on, and cannot be drawn. Raises ValueError if there is none.
+    """
+    numbers = range(len(pairs)) if hasattr(pairs, "__len__") else itertools.count()
+    room = seq_len - n_patches - 3  # without <BOS>, <BOI>, <EOI>
+    short = (i for i in numbers if len(tokenizer.encode(pairs.captions(i)[0])) <= room)
+    found = list(itertools.islice(short, n))
+    if not found:
+        taken = f"no caption is short enough for seq_len {seq_len}, of which a picture takes {n_patches + 2}"
+        raise ValueError(f"{taken}; raise --seq_len")
+    return found
+
+
+def readable(pairs, numbers, n, skipped):
+    """The first n of these pairs' numbers whose images can be read -> list of (number, uint8 pixels).
+
+    skipped: counts the others, and stops if they are too many. Raises ValueError if n + 100 cannot be read.
+    """
+    found, errors = [], []
+    for number in numbers:
+        if len(found) == n:
+            break
+        _, load = pairs.pair(number)
+        try:
+            found.append((number, load()))
+        except ValueError as error:
+            errors.append(str(error))
+            if len(errors) >= n + 100:
+                raise
+    skipped.count(len(found) + len(errors), errors)
+    return found
