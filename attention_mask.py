@@ -1,13 +1,13 @@
 """The Transfusion attention mask: who may look at whom (paper, section 3, "Transfusion attention", figure 4).
 
-Text is read causally, an image all at once. A position may attend to every earlier position of its document, and a
-patch also to the later patches of its own image (unless `causal` is asked for). <BOI> and <EOI> are text, outside the
-image's block. Nothing sees another document packed into the same row, and padding sees only itself (a row of the mask
-that is all False would turn softmax into NaN).
+Text is read causally, an image all at once. A position may attend to every earlier position of its
+document. A patch may also attend to the later patches of its own image, unless `causal` is asked for. <BOI>
+and <EOI> are text, outside the image's block. Nothing sees another document packed into the same row.
+Padding sees only itself: a row of the mask that is all False would turn softmax into NaN.
 
-Exports `mask_rule`, the rule itself in the form that FlexAttention takes; `transfusion_mask`, the rule as a dense boolean
-mask for scaled_dot_product_attention, the reference everywhere; and `flex_mask`, the rule as the block mask of
-FlexAttention (Dong et al. 2024), which skips the blocks of the mask that are empty; used only when training on CUDA.
+Exports `mask_rule`, the rule in the form that FlexAttention takes; `transfusion_mask`, the rule as a dense
+mask for scaled_dot_product_attention, the reference everywhere; and `flex_mask`, the rule as the block mask
+of FlexAttention (Dong et al. 2024), which skips empty blocks and is used only when training on CUDA.
 """
 
 from functools import cache
@@ -20,9 +20,9 @@ PADDING = -1  # doc_id of a position that belongs to no document
 
 
 def mask_rule(image_id, doc_id, causal=False):
-    """The mask as a function of four indices, `rule(b, h, q, k) -> bool`: may position q of row b attend to k?
+    """The mask as a function of four indices, `rule(b, h, q, k) -> bool`: may q of row b attend to k?
 
-    image_id: (B, S) int, the number of the image that a patch belongs to (unique within the row), -1 for text.
+    image_id: (B, S) int, the image that a patch belongs to (unique within the row), -1 for text.
     doc_id:   (B, S) int, the number of the document that a position belongs to, -1 for padding.
     causal:   inside an image, too: it is then read like text (section 4.3's ablation, and Chameleon).
     The head index h plays no part; the signature is the `mask_mod` of FlexAttention's `create_block_mask`.
@@ -40,7 +40,10 @@ def mask_rule(image_id, doc_id, causal=False):
 
 
 def transfusion_mask(image_id, doc_id=None, causal=False):
-    """The rule at every (query, key), True = may attend: (B, S), (B, S) -> bool (B, 1, S, S). Without doc_id each row is one document."""
+    """The rule at every (query, key): (B, S), (B, S) -> bool (B, 1, S, S), True = may attend.
+
+    Without doc_id each row is one document.
+    """
     if doc_id is None:
         doc_id = torch.zeros_like(image_id)
     batch, length = image_id.shape
@@ -51,13 +54,15 @@ def transfusion_mask(image_id, doc_id=None, causal=False):
 
 @cache
 def compiled_create_block_mask():
-    """Uncompiled, it would write out all S x S entries. Only when asked for: loading the compiler takes seconds."""
+    """Uncompiled, it would write out all S x S entries. Loading the compiler takes seconds: not before."""
     return torch.compile(create_block_mask)
 
 
 def flex_mask(image_id, doc_id, causal=False):
-    """The rule as a BlockMask for flex_attention: (B, S), (B, S) -> which 128 x 128 blocks are empty, full or mixed. S should
-    be a multiple of 128, and the same from batch to batch, so that what is compiled once serves them all."""
+    """The rule as a BlockMask for flex_attention: (B, S), (B, S) -> which blocks are empty, full or mixed.
+
+    S should be a multiple of 128, and the same from batch to batch: one compilation then serves them all.
+    """
     create = compiled_create_block_mask() if image_id.is_cuda else create_block_mask
     batch, length = image_id.shape
     return create(
@@ -68,7 +73,7 @@ def flex_mask(image_id, doc_id, causal=False):
 if __name__ == "__main__":
     from PIL import Image
 
-    # Two documents and some padding in one row: "a red dot <BOI> 4 patches <EOI>", "<BOI> 4 patches <EOI> a dot".
+    # In one row: "a red dot <BOI> 4 patches <EOI>", "<BOI> 4 patches <EOI> a dot", and some padding.
     names = ["a", "red", "dot", "BOI", *["#"] * 4, "EOI", "BOI", *["#"] * 4, "EOI", "a", "dot", "pad", "pad"]
     image_id = torch.tensor([[-1] * 4 + [0] * 4 + [-1] * 2 + [1] * 4 + [-1] * 5])
     doc_id = torch.tensor([[0] * 9 + [1] * 8 + [-1] * 2])

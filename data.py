@@ -1,4 +1,4 @@
-"""Captioned images and text as tokens, documents and batches (paper, section 3, "Data representation", and 4.1).
+"""Captioned images as tokens, documents and batches (paper, section 3, "Data representation", and 4.1).
 
     Tokenizer      bytes, then <BOS>, <EOS>, <BOI>, <EOI> and padding
     Picture        an image inside a document; the other segments of a document are lists of tokens
@@ -123,7 +123,7 @@ def to_pixels(images):
 
 
 def load_images(document, errors):
-    """-> (document, its images' pixels); if one cannot be read, those of the document that takes its place."""
+    """-> (document, its images' pixels); if one cannot be read, those of the document in its place."""
     while True:
         parts = [part for part in document if isinstance(part, Picture)]
         try:
@@ -257,7 +257,7 @@ class Stream:
         return document_length(self.made(i), self.n_patches)
 
     def _fits(self, i):
-        """Is document i short enough for a row? If not, that is counted once, in however many epochs it comes."""
+        """Is document i short enough for a row? If not, that is counted once for all epochs."""
         length, name = self._length(i), self.document.name(i)
         messages = []
         if length > self.seq_len and name not in self.too_long:
@@ -300,7 +300,7 @@ class Stream:
 
 
 class Loader:
-    """The batches of a stream, in order, `batch_rows` of its rows at a time (default: all of them, a whole step).
+    """The batches of a stream, in order, `batch_rows` rows at a time (default: all of a step).
 
     workers: processes that load images ahead of need; 0 = none. Batches are the same either way.
     state: where the stream stands after the batches handed out; to go on from there: `stream.load_state`,
@@ -349,7 +349,7 @@ class Loader:
 
 
 def pack(stream, batch_rows, states):
-    """The documents' numbers in the rows of each batch, for ever; `states` takes where the stream stands after it."""
+    """The documents' numbers, row by row, of each batch, for ever; `states` takes the states after it."""
     while True:
         for i in range(0, len(stream.mine), batch_rows):
             rows = [stream.numbers(r) for r in stream.mine[i : i + batch_rows]]
@@ -381,7 +381,7 @@ class BatchDataset:
 
 
 def leave_signals(worker):
-    """In a worker: Ctrl-C is for the training process, which then ends its workers and says all there is to say."""
+    """In a worker: Ctrl-C is for the training process, which ends its workers and says what is to be said."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *error: (
         None

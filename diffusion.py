@@ -1,4 +1,4 @@
-"""Denoising diffusion, DDPM (paper, section 2; Ho et al. 2020; Nichol & Dhariwal 2021; DDIM: Song et al. 2021).
+"""Denoising diffusion, DDPM (paper, section 2; Ho et al. 2020; Nichol & Dhariwal 2021).
 
     q_sample (eq. 2)   x_t = alpha_t x_0 + sigma_t eps,   alpha_t = sqrt(abar_t),   sigma_t = sqrt(1 - abar_t)
     loss     (eq. 3)   || eps - eps_theta(x_t, t, c) ||^2
@@ -46,7 +46,7 @@ class SamplingConfig:
 
 
 def guide(conditional, unconditional, guidance_scale):
-    """Classifier-free guidance (Ho & Salimans 2022): 1 = the conditional prediction, 0 = the unconditional one."""
+    """Classifier-free guidance (Ho & Salimans 2022): 1 = conditional, 0 = unconditional."""
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
@@ -132,7 +132,7 @@ class DDPM(nn.Module):
         return alpha * prediction + sigma * x_t, alpha * x_t - sigma * prediction
 
     def sampling_timesteps(self, steps):
-        """The timesteps that `steps` denoising steps visit, evenly spaced: first = t_0 > t_1 > ... > t_steps = 0.
+        """The timesteps that `steps` denoising steps visit, evenly spaced: t_0 > ... > t_steps = 0.
 
         The first is T. With eps-prediction it is the last t whose alpha_t is at least 0.015, which is 990
         of 1000: the estimate of x_0 divides the network's error by alpha_t, and one step at T would spoil
@@ -146,7 +146,7 @@ class DDPM(nn.Module):
         return torch.linspace(first, 0, steps + 1, dtype=torch.float64).round().long().tolist()
 
     def between(self, t, s):
-        """For a step from t to s < t: alpha_t, sigma_t, alpha_s, sigma_s, beta = 1 - abar_t / abar_s, in float64."""
+        """alpha_t, sigma_t, alpha_s, sigma_s and beta = 1 - abar_t / abar_s, in float64."""
         abar_t, abar_s = self.alphas_cumprod[t], self.alphas_cumprod[s]
         return abar_t.sqrt(), (1 - abar_t).sqrt(), abar_s.sqrt(), (1 - abar_s).sqrt(), 1 - abar_t / abar_s
 
@@ -162,7 +162,7 @@ class DDPM(nn.Module):
         return mean + scale(sigma_s / sigma_t * beta.sqrt(), noise)
 
     def ddim_step(self, eps, x_0, t, s, noise, eta):
-        """One DDIM step (Song et al. 2021, eq. 12 and 16). eta: 0 = no noise, which may be None; 1 = ancestral."""
+        """One DDIM step (Song et al. 2021, eq. 12 and 16). eta: 0 = no noise (None); 1 = ancestral."""
         _, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
         spread = eta * sigma_s / sigma_t * beta.sqrt()
         x_s = scale(alpha_s, x_0) + scale((sigma_s**2 - spread**2).sqrt(), eps)
@@ -197,7 +197,7 @@ class DDPM(nn.Module):
         return self.dpm_step(x_0, x_t, t, s, t_before, x_0_before), x_0
 
     def sample(self, predict, x_T, steps, sampler="ddpm", eta=0.0, noise=torch.randn_like):
-        """Denoise x_T (N, ...) ~ N(0, 1) to x_0 in `steps` calls of `predict(x_t, t) -> prediction`, t an int.
+        """Denoise x_T (N, ...) ~ N(0, 1) to x_0 in `steps` calls of `predict(x_t, t)`, t an int.
 
         noise(x) draws what is added on the way. Raises ValueError on an unknown sampler.
         """

@@ -1,4 +1,4 @@
-"""How good is it? Images drawn from captions, captions written of images, and the perplexity of text (section 4.2).
+"""How good is it? Images drawn, captions written, and the perplexity of text (section 4.2).
 
     python evaluate.py                        the newest checkpoint under out/
     python evaluate.py out/small --judged 500 --json scores.json
@@ -105,7 +105,7 @@ def score_split(trained, pairs, judged, seed, metrics, generate):
 
 
 def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", clip="", generate=generate):
-    """Score a model on `judged` images of each split -> nested dict, as `format_scores` prints and --json writes it.
+    """Score a model on `judged` images of each split -> nested dict, which `format_scores` prints.
 
     Splits: seen, held out and, of the built-in scenes, never seen. inception, clip: files of the networks
     that FID and CLIP score need. Raises ValueError if those cannot be used.

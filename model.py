@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 @dataclass
 class TransfusionConfig:
-    """The model's sizes; the defaults are the paper's smallest. Raises ValueError if they do not fit together."""
+    """The model's sizes; the defaults are the paper's smallest. ValueError if they do not fit together."""
 
     dim: int = 768  # width of the residual stream
     n_layers: int = 16
@@ -35,7 +35,7 @@ class TransfusionConfig:
     mlp_multiple: int = 256  # the MLP is 8/3 dim wide, rounded up to a multiple of this
     mlp_width: int = 0  # or as wide as this (Llama 3); 0 = by mlp_multiple
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    rope_scaling: tuple = ()  # Llama 3.1's factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    rope_scaling: tuple = ()  # Llama 3.1's factor, low and high frequency factor, original length
     norm_eps: float = 1e-5
     qk_norm: bool = False  # RMSNorm on queries and keys: not in the paper, steadier at high learning rates
     image_attention: Literal["bidirectional", "causal"] = "bidirectional"  # inside an image (section 4.3)
@@ -47,10 +47,8 @@ class TransfusionConfig:
     def __post_init__(self):
         self.rope_scaling = tuple(self.rope_scaling)  # JSON has lists
         if self.dim % (2 * self.n_heads):
-            raise ValueError(
-                f"dim is {self.dim} and n_heads {self.n_heads}: a head needs an even width, so dim must be a multiple of "
-                f"{2 * self.n_heads}"
-            )
+            wanted = f"a head needs an even width, so dim must be a multiple of {2 * self.n_heads}"
+            raise ValueError(f"dim is {self.dim} and n_heads {self.n_heads}: {wanted}")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, {self.n_heads}")
         if len(self.rope_scaling) not in (0, 4):
@@ -58,9 +56,8 @@ class TransfusionConfig:
                 f"rope_scaling is {self.rope_scaling}; it must be four numbers, as in 8,1,4,8192"
             )
         if self.latent_size % self.patch_size:
-            raise ValueError(
-                f"patch_size is {self.patch_size}; it must divide the latent image's side, {self.latent_size}"
-            )
+            side = f"it must divide the latent image's side, {self.latent_size}"
+            raise ValueError(f"patch_size is {self.patch_size}; {side}")
 
     @property
     def n_patches(self):
@@ -108,7 +105,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions, head_dim, theta, scaling=()):
-    """cos and sin of the rotary embedding (Su et al. 2021): positions (B, S) -> two of (B, 1, S, head_dim), float32.
+    """cos and sin of the rotary embedding (Su et al. 2021): positions (B, S) -> two of (B, 1, S, head_dim).
 
     scaling: Llama 3.1's, see TransfusionConfig. Waves that turn fewer than `low` times within the original
     length become `factor` times as long; those that turn more than `high` times stay; between the two it
@@ -279,9 +276,9 @@ class Transfusion(nn.Module):
             nn.init.zeros_(module.bias)
 
     def embed(self, tokens, image_id, x_t, t):
-        """Tokens and noised images -> the input of the trunk (B, S, dim), where its patches are, and what `decode` keeps.
+        """Tokens and noised images -> the trunk's input (B, S, dim), its patches' slots, what `decode` needs.
 
-        Where: (N P,) indices into the flattened B S positions, in reading order.
+        Slots: (N P,) indices into the flattened B S positions, in reading order.
         """
         h = self.embedding(
             tokens
@@ -309,7 +306,7 @@ class Transfusion(nn.Module):
         return self.norm(h)
 
     def forward(self, tokens, image_id, positions, mask, x_t=None, t=None):
-        """A mixed batch, as in training -> logits (B, S, vocab_size), and a prediction for each image (N, C, H, W).
+        """A mixed batch -> logits (B, S, vocab_size), and a prediction for each image (N, C, H, W).
 
         tokens, image_id, positions: (B, S), as in data.Batch
         mask: transfusion_mask (B, 1, S, S) or flex_mask, of attention_mask.py

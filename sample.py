@@ -45,7 +45,7 @@ class Trained:
 
 
 def load(path, device="cpu"):
-    """Read a checkpoint of train.py (a file, or the run's folder) or an export -> Trained, averaged weights, eval mode.
+    """Read a checkpoint of train.py (a file, or the run's folder) or an export -> Trained, in eval mode.
 
     Raises ValueError, naming the file, if it is missing, broken or of other sizes than it says.
     """

@@ -121,7 +121,7 @@ SMALL |= dict(lr=3e-3, min_lr=0.0, warmup=100, beta2=0.98, ema=0.996)  # 3e-4, 1
 SMALL |= dict(compile="off", workers=0)  # compiling takes as long as the training
 SMALL |= dict(log_every=100, eval_every=500, judged=200)
 PRESETS = {**SIZES, "7b": SIZES["7b"] | dict(micro_rows=1, fsdp=True), "small": SMALL}
-# "A red circle above a blue square": one word must bind two objects. Drawing is slow to learn: more pairs teach it.
+# "A red circle above a blue square": one word binds two objects. Drawing is slow here: more pairs teach it.
 PRESETS["relations"] = SMALL | dict(grammar="relations", seq_len=104, caption_first=0.6)
 PRESETS["relations"] |= dict(max_steps=4500, eval_every=1000)
 # For a GPU: 64x64 images of up to four objects with sizes, places, relations and backgrounds.
@@ -138,7 +138,7 @@ def preset(name):
 
 
 def read_options(argv=None, description=__doc__.split("\n")[0], **more):
-    """The command line -> (Config, all that argparse found). more: {option: help} that a script has besides."""
+    """The command line -> (Config, all that argparse found). more: {option: help} besides."""
     names = [*PRESETS, *extras.PRESETS]
     return cli.read_options(Config, preset, names, argv, description, default="0.16b", hidden=DERIVED, **more)
 
@@ -241,7 +241,7 @@ def learning_rate(config, step):
 
 
 def make_optimizers(model, config, undecayed=()):
-    """AdamW, with weight decay on matrices only; for optimizer="muon" also Muon, for the matrices of the blocks.
+    """AdamW, with weight decay on matrices only; for optimizer="muon" also Muon, for the blocks' matrices.
 
     Muon makes an update orthogonal, which learns faster per step, and scales it to AdamW's size.
     """
@@ -310,9 +310,9 @@ def train_step(run):
     filled = sum(int((batch.doc_id != PADDING).sum()) for batch, _ in micro_batches)
     lm, ddpm, flops, filled = total([lm, ddpm, flops, filled], run.device)
     if not math.isfinite(lm + ddpm + norm):  # before the weights are touched, so that they stay good
-        found = f"the loss is {lm + config.lambda_ddpm * ddpm:g} and its gradient's norm {norm:g} at step {run.step}"
-        advice = f"lower --lr (now {config.lr:g}) or --clip; --resume goes on from the last checkpoint in {run.out}"
-        raise FloatingPointError(f"{found}: {advice}")
+        found = f"the loss is {lm + config.lambda_ddpm * ddpm:g} and its gradient's norm {norm:g}"
+        advice = f"lower --lr (now {config.lr:g}) or --clip; --resume goes on from the last checkpoint"
+        raise FloatingPointError(f"{found} at step {run.step}: {advice} in {run.out}")
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -402,7 +402,7 @@ def set_up(config, resume=False):
 
 
 def wrap(run, bf16, compiled):
-    """Compile the blocks, then make the model one of several: what is returned is to be called in training."""
+    """Compile the blocks, and make the model one of several -> what is to be called in training."""
     model, config = run.model, run.config
     if config.checkpoint_activations:
         extras.room("parallel").checkpoint_activations(model)
@@ -430,7 +430,7 @@ def trained(run):
 
 
 def draw_samples(run, name, n=12):
-    """A sheet of images for held-out captions, or of held-out edits or stories, as a PNG in the run's folder."""
+    """A sheet of images for held-out captions, edits or stories, as a PNG in the run's folder."""
     model = trained(run)
     if model:
         config, pairs = run.config, extras.open_pairs(run.config, "held_out", run.config.seed)

@@ -113,7 +113,7 @@ def middle(channels, attention):
 
 
 def encoder(c, moments):
-    """Images (N, 3, H, W) -> (N, moments * latent_channels, H/f, W/f): mean and log-variance where moments is 2."""
+    """Images (N, 3, H, W) -> (N, moments * latent_channels, H/f, W/f): mean and log-variance."""
     out = moments * c.latent_channels
     layers = [nn.PixelUnshuffle(c.unshuffle), nn.Conv2d(3 * c.unshuffle**2, c.channels, 3, padding=1)]
     width = c.channels
@@ -146,7 +146,7 @@ def decoder(c):
 
 
 def sample_posterior(mean, log_var, noise):
-    """A draw from the Gaussian posterior, differentiable in its parameters (Kingma & Welling 2014); all (N, C, h, w)."""
+    """A draw from the Gaussian posterior, differentiable in its parameters (Kingma & Welling 2014)."""
     return mean + (0.5 * log_var).exp() * noise
 
 
@@ -168,12 +168,12 @@ class VAE(nn.Module):
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
     def posterior(self, pixels):
-        """q(z | x), not standardised: (N, 3, H, W) in -1..1 -> mean and log-variance, each (N, C, H/f, W/f)."""
+        """q(z | x), not standardised: (N, 3, H, W) in -1..1 -> mean and log-variance (N, C, H/f, W/f)."""
         mean, log_var = self.encoder(pixels).chunk(2, dim=1)
         return mean, log_var.clamp(-30, 20)
 
     def to_latents(self, mean, log_var, noise=None):
-        """The posterior -> standardised latents: its mean, or a draw from it if noise of that shape is given."""
+        """The posterior -> standardised latents: its mean, or a draw if noise of that shape is given."""
         z = mean if noise is None else sample_posterior(mean, log_var, noise)
         return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
@@ -190,7 +190,7 @@ class VAE(nn.Module):
         )
 
     def draw_latents(self, pixels, generator=None):
-        """What training needs: a draw of the posterior (N, C, h, w), with a gradient, and its KL divergence from the
+        """For training: a draw of the posterior (N, C, h, w), with a gradient, and its KL divergence from the
         standard normal, summed over an image and averaged over the batch."""
         mean, log_var = self.posterior(pixels)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -208,7 +208,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def measure_statistics(self, images, batch):
-        """Measure the statistics of the latents on some 2048 images, `batch` at a time; images: as for train_vae."""
+        """Measure the latents' statistics on some 2048 images, `batch` at a time, as train_vae takes them."""
         z = []
         for i in range(max(1, 2048 // batch)):
             mean, log_var = self.posterior(images(i * batch, batch).to(self.latent_mean.device))
@@ -244,7 +244,7 @@ def reconstruction_loss(pixels, output, config, perceptual=None):
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
-    """How much to scale the GAN's gradient so that it is as large as the reconstruction's at the decoder's last layer
+    """The factor that makes the GAN's gradient as large as the reconstruction's at the decoder's last layer
     (Esser et al. 2021, eq. 7)."""
     losses = (reconstruction, adversarial)
     by_rec, by_gan = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in losses)
@@ -252,7 +252,7 @@ def adaptive_weight(reconstruction, adversarial, last_layer):
 
 
 def load_perceptual(device):
-    """LPIPS (Zhang et al. 2018) if its optional package and weights are at hand, else None, with a line that says so."""
+    """LPIPS (Zhang et al. 2018) if its package and weights are at hand; else None, with a line."""
     try:
         import lpips
 
@@ -321,8 +321,8 @@ def train_vae(
         loss.backward()
         gradient = nn.utils.clip_grad_norm_(vae.parameters(), 1e4)
         if not math.isfinite(loss.item() + gradient.item()):  # before the weights are touched
-            found = f"the VAE's loss is {loss.item():g} and its gradient's norm {gradient.item():g} at step {step}"
-            raise FloatingPointError(f"{found}: lower --vae_lr (now {config.lr:g})")
+            found = f"the VAE's loss is {loss.item():g} and its gradient's norm {gradient.item():g}"
+            raise FloatingPointError(f"{found} at step {step}: lower --vae_lr (now {config.lr:g})")
         optimizer.step()
         if playing:
             hinge = F.relu(1 - disc(x)).mean() + F.relu(1 + disc(output.detach())).mean()
@@ -353,17 +353,17 @@ if __name__ == "__main__":
         about = "Train the VAE of a preset alone and write reconstructions."
         encode = "FOLDER: write the latents of --data there, for train.py --latents"
         config, args = read_options(description=about, encode=encode)
-        if args.encode and (config.extra.images == "discrete" or not config.extra.data):
-            raise ValueError(
-                "--encode needs --data, and --images continuous: scenes have no end, and codes are no latents"
-            )
+        if args.encode and not config.extra.data:
+            raise ValueError("--encode needs --data: scenes have no end, and are encoded as they are drawn")
+        if args.encode and extras.baseline(config.extra):
+            raise ValueError("--encode writes continuous latents; leave it out with --images discrete")
         vae = extras.prepare_vae(config, cli.pick_device(config.device), args.resume)
         pairs = extras.open_pairs(config, "held_out")
         if args.encode:
             broken = latents.write_latents(vae, getattr(pairs, "sources", [pairs]), args.encode)
             print(f"wrote {args.encode}" + (f"; {broken:,} pictures could not be read" if broken else ""))
-            used = f"--data {config.extra.data} --latents {args.encode} --vae {config.vae or config.out + '/vae.pt'}"
-            return print(f"Now: python train.py ... {used}")
+            used = f"--data {config.extra.data} --latents {args.encode}"
+            return print(f"Now: python train.py ... {used} --vae {config.vae or config.out + '/vae.pt'}")
         x = extras.images_of(pairs, config.data.max_broken)(0, 16).to(vae.latent_mean.device)
         again = vae.decode(vae.encode(x))
         print(f"mean absolute error on held-out pictures: {(x - again).abs().mean() / 2:.4f} of the range")

@@ -68,26 +68,26 @@ def baseline(choices):
 def check(config):
     """Raises ValueError on options of a train.Config that cannot go together."""
     extra, start, copies = config.extra, config.init_from, not config.fsdp
-    latents, frozen = extra.latents, config.freeze_text
+    latents, frozen, chameleon = extra.latents, config.freeze_text, baseline(extra)
+    pairs, codes = extra.documents == "pairs", chameleon or extra.codebook == Choices.codebook
     together = {
-        "latents are of continuous images; leave them out": not latents or extra.images == "continuous",
+        "latents are of continuous images; leave them out": not (latents and chameleon),
         "latents need the VAE that made them; give --vae too": not latents or config.vae or start,
         "latents are of your own images; give --data too": not latents or extra.data,
         "freeze_text is true, but there is nothing to freeze: give --init_from too": not frozen or start,
-        "optimizer muon needs whole matrices, which --fsdp cuts; leave one out": config.optimizer == "adamw"
-        or copies,
+        "optimizer muon needs whole matrices, which --fsdp cuts": config.optimizer == "adamw" or copies,
         "freeze_text needs whole vocabularies, which --fsdp cuts; leave one out": not frozen or copies,
-        f"shard is {config.shard}, but every process keeps a copy; give --fsdp too": not config.shard
+        f"codebook is {extra.codebook}, but images are continuous; give --images discrete": codes,
+        f"shard is {config.shard}, but every process keeps a copy; give --fsdp": not config.shard
         or config.fsdp,
-        f"{extra.documents} are of the built-in scenes; leave --data out": extra.documents == "pairs"
-        or not extra.data,
-        f"{extra.documents} need places; give --grammar places or rich": extra.documents == "pairs"
+        f"{extra.documents} are of the built-in scenes; leave --data out": pairs or not extra.data,
+        f"{extra.documents} need places; give --grammar places or rich": pairs
         or extra.grammar != "relations",
     }
     for sentence, holds in together.items():
         if not holds:
             raise ValueError(sentence)
-    if chameleon := baseline(extra):
+    if chameleon:
         config.model = chameleon.model_config(config.model)
     if config.wandb:
         room("logs").import_wandb()  # if it is missing, say so now
@@ -126,7 +126,7 @@ def open_pairs(config, split="train", seed=0):
 
 
 def open_text(config, tokenizer, split="train", seed=0):
-    """The source of text alone: your own, or sentences about scenes beside the scenes; None = there is none."""
+    """The source of text alone: your own, or sentences about scenes; None = there is none."""
     extra, data = config.extra, config.data
     if not data.text_fraction:
         return None
@@ -178,7 +178,7 @@ def vae_kind(config):
 
 
 def restore_vae(state, where):
-    """The VAE of a checkpoint, a dict with vae_config and vae, in eval mode. Raises ValueError that names `where`."""
+    """The VAE of a checkpoint's dict, in eval mode. Raises ValueError that names `where`."""
     network, kind = VAE, VAEConfig
     if "codebook" in (state.get("vae_config") or ()):
         network, kind = room("chameleon").VQVAE, room("chameleon").VQConfig
@@ -204,7 +204,7 @@ def load_vae(path, device="cpu"):
 
 
 def check_vae(config, vae, network, own):
-    """Raises ValueError unless --vae is of the kind that --images needs, and its latents are like those of `own`."""
+    """Raises ValueError unless --vae is of the kind that --images needs, with latents like those of `own`."""
     if type(vae) is not network:
         kinds = f"is a {type(vae).__name__}, but --images {config.extra.images} needs a {network.__name__}"
         raise ValueError(f"--vae {config.vae}: {kinds}; give another --images, or another VAE")
@@ -223,7 +223,7 @@ def check_vae(config, vae, network, own):
 
 
 def images_of(pairs, max_broken):
-    """The function (first, n) -> float32 (n, 3, H, W) in -1..1: images of pairs number first.. that can be read."""
+    """The function (first, n) -> float32 (n, 3, H, W) in -1..1: readable images of pairs number first.. ."""
     skipped = sources.Skipped("pictures", max_broken)
 
     def images(first, n):
@@ -234,7 +234,7 @@ def images_of(pairs, max_broken):
 
 
 def prepare_vae(config, device, resume=False, own=None):
-    """The VAE that --vae names, or else `own` (of the model that training starts from), or else one trained here.
+    """The VAE that --vae names, or else `own` (of the model to start from), or else one trained here.
 
     resume: go on from <out>/vae.pt, or take it if it is finished. Raises ValueError if it does not suit.
     """
@@ -273,7 +273,7 @@ def prepare_vae(config, device, resume=False, own=None):
 
 
 def shared_vae(run, resume):
-    """As prepare_vae. Where it must be trained, the first process does that, and the others read what it wrote."""
+    """As prepare_vae; where it must be trained, the first process does that for all."""
     if run.ranks > 1 and not run.config.vae:
         if run.rank == 0:
             prepare_vae(run.config, run.device, resume)
@@ -315,7 +315,7 @@ def check_start(config, start):
 
 
 def tokenizer_and_vae(run, state, start, resume):
-    """Both are the checkpoint's, or those of the model to start from, or new: then the VAE is trained here."""
+    """The checkpoint's, or those of the model to start from, or new: then the VAE is trained here."""
     config, device = run.config, run.device
     if state:
         tokenizer, vae = restore_tokenizer(state["tokenizer"]), restore_vae(state, run.checkpoint).to(device)
@@ -348,10 +348,9 @@ def first_model(run, start):
     """The model that training begins with."""
     config = run.config
     if isinstance(start, Path):
-        make, new_tokens = (
-            partial(new_model, choices=config.extra),
-            config.model.vocab_size - run.tokenizer.bos,
-        )
+        config.extra = replace(config.extra, post_norm=False)  # a Llama's blocks are pre-norm
+        make = partial(new_model, choices=config.extra)
+        new_tokens = config.model.vocab_size - run.tokenizer.bos
         return room("weights").load_llama(start, config.model, new_tokens, make)
     if start:
         start.model.config.latent_size = config.model.latent_size

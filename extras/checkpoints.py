@@ -10,7 +10,7 @@ from extras.machine import say
 from extras.parallel import seen_by_all
 
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered in the first process
-# With --resume these may not change, besides the parts; and these may, without a word, for they make no other model.
+# With --resume the first may not change; the second may without a word, for they make no other model.
 MUST_MATCH = {
     "seed",
     "rows",

@@ -147,14 +147,15 @@ def integers(text):
 def add_options(parser, cls, hidden=()):
     """Make options of the fields of a dataclass and of its parts, a group each, without those in `hidden`."""
     for part, kind in {"": cls, **{f.name: f.type for f in fields(cls) if is_dataclass(f.type)}}.items():
-        group, helps = parser.add_argument_group(part or "run", inspect.getdoc(kind)), comments(kind)
+        group = parser.add_argument_group(part or "run", inspect.getdoc(kind))
+        helps = comments(kind)
         for name, (owner, f) in options(cls).items():
             if owner != part or name in hidden:
                 continue
             choices = "|".join(get_args(f.type))
             read = {bool: boolean, tuple: integers}.get(f.type, str if choices else f.type)
             more = dict(nargs="?", const=True) if f.type is bool else {}  # --fsdp is --fsdp true
-            default = str(f.default).strip("()") or "none"
+            default = str(f.default).strip("()").replace(" ", "") or "none"
             more["help"] = f"{helps[f.name]} (default {default})".strip().replace("%", "%%")
             group.add_argument(f"--{name}", type=read, metavar=choices or read.__name__.upper(), **more)
 

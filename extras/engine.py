@@ -14,7 +14,6 @@ with them: what came before is in the cache. A mask is needed only to hide unuse
 """
 
 import itertools
-import math
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from PIL import Image
 from attention_mask import transfusion_mask
 from data import Picture, collate, document_length
 from diffusion import guide, needs_noise
+from extras.cli import RANGES, RULE
 from extras.pairs import fit_image
 
 TEXT_CALLS = (
@@ -108,7 +108,6 @@ class Engine:
     """
 
     SETTINGS = ("steps", "sampler", "guidance_scale", "eta")  # of images
-    RANGES = {"guidance_scale": (-math.inf, math.inf)}
     IMAGES = "this model denoises its images"  # the reason why it has no other settings
 
     @staticmethod
@@ -388,17 +387,8 @@ def pick_tokens(logits, temperature, u, top_k=0, top_p=1.0):
 
 # ---- From documents to documents -----------------------------------------------------------------
 
-SHARE = (1e-9, 1)
-RANGES = dict.fromkeys(("temperature", "top_k", "max_tokens", "max_images"), (0, math.inf))
-RANGES |= {"max_batch": (1, math.inf), "top_p": SHARE}
-
-
-def check(values, ranges):
-    """Raises ValueError, naming it, if one of these values, {name: number}, is out of its range."""
-    for name, (least, most) in ranges.items():
-        value = values[name]
-        if value is not None and not (math.isfinite(value) and least <= value <= most):
-            raise ValueError(f"{name} is {value}; it must be finite, and from {least} to {most}")
+RULES = RULE | dict.fromkeys(("temperature", "top_k", "max_tokens", "max_images"), "0 or above")
+RULES |= {"max_batch": "above 0", "top_p": "above 0 and at most 1"}
 
 
 @torch.inference_mode()
@@ -415,7 +405,9 @@ def generate(trained, documents, seeds=None, engine=Engine, **options):
         names = ", ".join(engine.SETTINGS)
         raise ValueError(f"{name} is {given[name]}, but {engine.IMAGES}; it has the settings {names}")
     settings, options = engine.defaults(trained) | given, Options(**known)
-    check(vars(options) | settings, RANGES | engine.RANGES)
+    for name, value in (vars(options) | settings).items():
+        if name in RULES and value is not None and not RANGES[RULES[name]](value):
+            raise ValueError(f"{name} is {value}; it must be {RULES[name]}")
     sequences = to_sequences(documents, seeds, trained, options)
     waiting = deque(s for s in sequences if s.tokens_left > 0 or s.step == 0)
     n_places = min(options.max_batch, max(1, len(waiting)))
@@ -436,8 +428,7 @@ def to_sequences(documents, seeds, trained, options):
     """The Sequence of each document. Raises ValueError for a document that cannot be continued."""
     kinds = {type(document) for document in documents} if isinstance(documents, (list, tuple)) else {None}
     if kinds - {list}:
-        example = '[["a red circle"], [image, "make it blue"], []]'
-        raise ValueError(f"documents must be lists of strings and PIL images in a list, as in {example}")
+        raise ValueError("documents must be lists of strings and PIL images in a list, as [['a cat']]")
     seeds = list(range(len(documents)) if seeds is None else seeds)
     if len(seeds) != len(documents):
         raise ValueError(f"there are {len(seeds)} seeds for {len(documents)} documents; give one for each")

@@ -19,7 +19,7 @@ def import_wandb():
 
 
 class Log:
-    """The log of a run, kept by its first process: log.jsonl in its folder, and --wandb's project if there is one.
+    """The log of a run, kept by its first process: log.jsonl in its folder, and --wandb's project.
 
     state: the checkpoint that training goes on from, or None; what a killed run logged after it is cut off.
     """

@@ -15,7 +15,7 @@ def say(run, text):
 
 
 def machine(config, device):
-    """What this machine does of what the options ask for: (bfloat16?, compiled blocks?, what makes the masks)."""
+    """What this machine does of what is asked for: (bfloat16?, compiled blocks?, what makes the masks)."""
     cuda = device.type == "cuda"
     has_bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
     bf16 = config.precision == "bf16" or config.precision == "auto" and has_bf16 and device.type != "mps"

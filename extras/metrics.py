@@ -113,8 +113,8 @@ def latent_features(vae, images, device="cpu"):
 
 def latent_metric(vae, device):
     """The Frechet distance of the VAE's latents."""
-    name, features = "latent_frechet_distance", lambda images: latent_features(vae, images, device)
-    return lambda images, drawn, *_: {name: frechet_distance(features(images), features(drawn))}
+    features = lambda images: latent_features(vae, images, device)
+    return lambda a, b, *_: {"latent_frechet_distance": frechet_distance(features(a), features(b))}
 
 
 def inception_features(path, device="cpu"):
@@ -140,7 +140,7 @@ def inception_features(path, device="cpu"):
 def fid_metric(path, device):
     """FID. path: the weights of its network."""
     features = inception_features(path, device)
-    return lambda images, drawn, *_: {"fid": frechet_distance(features(images), features(drawn))}
+    return lambda a, b, *_: {"fid": frechet_distance(features(a), features(b))}
 
 
 def clip_embedder(path, device):

@@ -1,4 +1,4 @@
-"""Several processes: who they are, sums over them, and weights that they share (FSDP2 and HSDP, Zhao et al. 2023).
+"""Several processes: who they are, sums over them, and shared weights (FSDP2, HSDP; Zhao et al. 2023).
 
 With --fsdp the processes share the weights, gradients and the optimiser's state, and the weights of a
 block are gathered as it runs. With --shard n, each n processes share one copy (HSDP), so that a node can
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def join(device):
-    """Join the processes that torchrun started, if it did -> (rank, number of processes, this process's device)."""
+    """Join the processes that torchrun started, if it did -> (rank, number of processes, own device)."""
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -62,7 +62,7 @@ def interleave(index, weights, seed):
 
 
 class Mixture:
-    """Several sources of pairs as one, each drawn from in proportion to its weight. Epochs are each source's own."""
+    """Several sources of pairs as one, each drawn from in proportion to its weight, in its own epochs."""
 
     def __init__(self, sources, weights, seed=0):
         self.sources, self.weights, self.seed = sources, weights, seed
@@ -159,7 +159,7 @@ class Skipped:
 
 
 def fitting(pairs, n, tokenizer, seq_len, n_patches):
-    """Numbers of the first n pairs of an epoch whose first caption fits a row beside the image, or of all such.
+    """Numbers of the first n pairs of an epoch whose first caption fits a row beside the image.
 
     A longer one is not trained on, and cannot be drawn. Raises ValueError if there is none.
     """
