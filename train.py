@@ -43,7 +43,7 @@ from diffusion import DDPM, DiffusionConfig, SamplingConfig
 from evaluate import evaluate, format_scores
 from extras import Choices, cli, costs, machine, runs, show, sources
 from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
-from extras.logs import Log
+from extras.logs import Log, import_wandb
 from extras.parallel import join, total
 from model import SIZES, TransfusionConfig
 from sample import Trained, generate, load
@@ -264,6 +264,7 @@ class Average:
     """An exponential moving average of a model's weights; of this process's shards, where they are shared."""
 
     def __init__(self, model):
+        self.model = model
         self.current = [p.to_local() if hasattr(p, "to_local") else p.data for p in model.parameters()]
         self.weights = [p.clone() for p in self.current]
 
@@ -275,12 +276,20 @@ class Average:
     @contextmanager
     def applied(self):
         """While it is entered, the model's weights are the averaged ones."""
-        before = [p.clone() for p in self.current]
+        self._swap()
         try:
-            torch._foreach_copy_(self.current, self.weights)
             yield
         finally:
-            torch._foreach_copy_(self.current, before)
+            self._swap()
+            if hasattr(self.model, "reshard"):  # FSDP2 keeps what was gathered last, the averaged weights
+                self.model.reshard()
+
+    @torch.no_grad()
+    def _swap(self):
+        for p, average in zip(self.current, self.weights):
+            before = p.clone()
+            p.copy_(average)
+            average.copy_(before)
 
 
 def train_step(run):
@@ -367,6 +376,8 @@ def set_up(config, resume=False):
     run = SimpleNamespace(config=config, rank=rank, ranks=ranks, device=device, out=Path(config.out), step=0)
     run.checkpoint = run.out / "checkpoint.pt"
     machine.check(run)
+    if config.wandb:
+        import_wandb()  # if it is missing, say so now
     state = read_checkpoint(run) if resume else None
     start = None if state else extras.open_start(run, load)
 

@@ -89,8 +89,6 @@ def check(config):
             raise ValueError(sentence)
     if chameleon:
         config.model = chameleon.model_config(config.model)
-    if config.wandb:
-        room("logs").import_wandb()  # if it is missing, say so now
     if extra.patch_encoder == "unet":
         room("unet").check_widths(config.model.patch_size, extra.unet_channels)
 

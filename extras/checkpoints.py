@@ -44,9 +44,8 @@ def averaged_weights(run):
 
 def save(run):
     """Write the checkpoint: all that going on, on any number of processes, sampling and evaluating need."""
-    optimizer = states.get_optimizer_state_dict(run.model, run.optimizers, options=FULL)
-    weights = states.get_model_state_dict(run.model, options=FULL)
-    state = dict(model=weights, ema=averaged_weights(run), optimizer=optimizer)
+    state = dict(model=states.get_model_state_dict(run.model, options=FULL), ema=averaged_weights(run))
+    state["optimizer"] = states.get_optimizer_state_dict(run.model, run.optimizers, options=FULL)
     streams = [run.loader.state]
     if run.ranks > 1:
         streams = [None] * run.ranks

@@ -165,7 +165,7 @@ class Engine:
     def slots(self, sequences, branches=1):
         """The cache rows of sequences and of their guidance branches, and the next position in each."""
         rows = [self.branches * s.place + branch for s in sequences for branch in range(branches)]
-        starts = [(s.position, 2)[branch] for s in sequences for branch in range(branches)]
+        starts = [2 if branch else s.position for s in sequences for branch in range(branches)]
         return rows, starts
 
     def reserve(self, rows, starts, n):
@@ -204,7 +204,8 @@ class Engine:
         mask = transfusion_mask(batch.image_id[: len(new) if len(batch.images) else 1], causal=self.causal)
         h = self.run(self.embed_prompts(batch), self.slots(new)[0], [0] * len(new), mask)
         h = h[torch.arange(len(new), device=self.device), lengths - 1]  # (R, dim)
-        for sequence, sequence.logits in zip(new, self.model.head(h).float()):
+        for sequence, logits in zip(new, self.model.head(h).float()):
+            sequence.logits = logits
             if sequence.step == 0:
                 self.begin_image(sequence)
 
@@ -237,8 +238,10 @@ class Engine:
 
     def sample_tokens(self, sequences):
         """The next token of each. <EOI> is inserted; <BOI> only if an image is left, and fits."""
-        t, o, logits = self.tokenizer, self.options, torch.stack([s.logits for s in sequences])
-        logits[:, [t.bos, t.eoi, t.pad]] = logits[:, t.vocab_size :] = -torch.inf  # nor codes, if it has them
+        t = self.tokenizer
+        logits = torch.stack([s.logits for s in sequences])  # (R, vocab_size)
+        logits[:, [t.bos, t.eoi, t.pad]] = -torch.inf
+        logits[:, t.vocab_size :] = -torch.inf  # codes, if it has them
         last = self.limit - self.n_patches - 1  # position from which an image fits
         full = self.tensor([s.images_left <= 0 or s.position > last for s in sequences])
         logits[full, t.boi] = -torch.inf
@@ -247,7 +250,8 @@ class Engine:
             if sequence.temperature > 0 and not sequence.after_image:
                 u[n] = torch.rand((), generator=sequence.generator)
         temperature = self.tensor([s.temperature for s in sequences])
-        tokens = pick_tokens(logits, temperature, u.to(self.device), o.top_k, o.top_p).tolist()
+        among = self.options.top_k, self.options.top_p
+        tokens = pick_tokens(logits, temperature, u.to(self.device), *among).tolist()
         return [t.eoi if s.after_image else token for s, token in zip(sequences, tokens)]
 
     def accept(self, sequence, token):
@@ -329,9 +333,11 @@ class Engine:
         step = torch.tensor([s.step for s in sequences])
         t, s = self.timesteps[step], self.timesteps[step + 1]
         t_before = torch.where(step > 0, self.timesteps[step - 1], 0)
-        x_t, x_0 = torch.stack([s.x for s in sequences]), torch.stack([s.x_0 for s in sequences])
-        more = self.noise(sequences) if self.noisy else None, self.eta, t_before, x_0
-        x_s, x_0 = self.trained.ddpm.step(self.sampler, prediction, x_t, t, s, *more)
+        x_t = torch.stack([s.x for s in sequences])
+        x_0 = torch.stack([s.x_0 for s in sequences])
+        noise = self.noise(sequences) if self.noisy else None
+        before = t_before, x_0
+        x_s, x_0 = self.trained.ddpm.step(self.sampler, prediction, x_t, t, s, noise, self.eta, *before)
         for n, sequence in enumerate(sequences):
             sequence.x, sequence.x_0 = x_s[n], x_0[n]
 
@@ -443,11 +449,19 @@ def to_sequences(documents, seeds, trained, options):
         if position > limit:
             most = f"at most {limit} fit the model's sequences of {trained.data.seq_len}"
             raise ValueError(f"the prompt takes {position} positions; {most}")
-        generator = torch.Generator().manual_seed(seed)
-        temper = (0.0 if document else 1.0) if options.temperature is None else options.temperature
-        limits = options.max_tokens, options.max_images - drawing
-        step = 0 if drawing else None
-        sequences.append(Sequence(len(sequences), prompt, generator, temper, *limits, position, step))
+        sequence = Sequence(
+            number=len(sequences),
+            prompt=prompt,
+            generator=torch.Generator().manual_seed(seed),
+            temperature=options.temperature,
+            tokens_left=options.max_tokens,
+            images_left=options.max_images - drawing,
+            position=position,
+            step=0 if drawing else None,
+        )
+        if options.temperature is None:
+            sequence.temperature = 0.0 if document else 1.0
+        sequences.append(sequence)
     return sequences
 
 
@@ -467,7 +481,9 @@ def to_segments(document, trained, draw):
         else:
             segments.append(trained.tokenizer.encode(part))
     drawing = bool(draw and document and isinstance(document[-1], str))
-    return segments + [[trained.tokenizer.boi]] * drawing, drawing
+    if drawing:
+        segments.append([trained.tokenizer.boi])
+    return segments, drawing
 
 
 def to_document(items, trained, engine):

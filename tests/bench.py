@@ -40,9 +40,10 @@ from data import NO_LOSS, Picture, Tokenizer, collate
 from diffusion import DDPM, guide
 from extras import engine, generate
 from extras.costs import batch_flops, peak_flops
+from extras.machine import machine
 from extras.pairs import Pairs, load_image
 from model import SIZES, Transfusion, TransfusionConfig, rope_table, rotate
-from train import Config, losses, machine, wrap
+from train import Config, losses, wrap
 
 
 def alternate(functions, repeats, warm_up=1):
@@ -410,7 +411,7 @@ def sharing(quick, device):
 
         began = time.perf_counter()
         engine.denoise, engine.Engine.sample_tokens = counted("image", originals[0]), counted("text", originals[1])
-        engine.Engine.finish = lambda self, p: (ends.append(time.perf_counter() - began), originals[2](self, p))
+        engine.Engine.finish = lambda self, one: (ends.append(time.perf_counter() - began), originals[2](self, one))
         try:
             generate(trained, documents, draw=False, temperature=1.0, max_tokens=60, max_images=2, max_batch=4 if quick else 16, steps=12,
                      sampler="ddim", guidance_scale=3.0)  # fmt: skip
