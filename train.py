@@ -404,8 +404,8 @@ def set_up(config, resume=False):
     held_out, run.validation, images = open_loader(run, "held_out", 0), [], 0
     while images < config.eval_documents:
         run.validation.append(next(held_out))
-        # Of all processes: none may stop before the others, which would wait for it.
-        images += total([len(run.validation[-1].images)], device)[0]
+        # Of all processes: none may stop before the others, which would wait for it. Text counts as one.
+        images += total([max(1, len(run.validation[-1].images))], device)[0]
     if state:
         restore(run, state)
     run.log = Log(run, state)  # only now that nothing can be wrong with the options

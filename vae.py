@@ -49,7 +49,10 @@ class VAEConfig:
     warmup: int = 1000  # steps
 
     def __post_init__(self):
-        self.channel_multiples = tuple(self.channel_multiples)  # JSON has lists
+        self.channel_multiples = tuple(int(n) for n in self.channel_multiples)  # JSON has lists
+        if self.channels < 4 or not self.channel_multiples or min(self.channel_multiples) < 1:
+            found = f"channels is {self.channels} and channel_multiples {self.channel_multiples}"
+            raise ValueError(f"{found}; they must be at least 4, and one or more whole numbers above 0")
 
     @property
     def factor(self):
