@@ -40,6 +40,7 @@ class Choices:
     patch_encoder: Literal["linear", "unet"] = "linear"  # the paper's alternatives (section 3)
     unet_channels: int = 1024  # width where a pixel is a patch; half as wide at each doubled resolution
     unet_blocks: int = 4  # residual blocks at each resolution, on the way in and on the way out
+    unet_norm: Literal["layer", "group"] = "layer"  # layer norms are the paper's (footnote 7)
     # Chameleon.
     images: Literal["continuous", "discrete"] = "continuous"  # discrete: codes of a VQ-VAE as tokens
     codebook: int = 16384  # codes of the VQ-VAE
@@ -285,7 +286,8 @@ def new_model(config, choices):
     if chameleon := baseline(choices):
         return chameleon.Chameleon(config, choices.post_norm)
     if choices.patch_encoder == "unet":
-        return room("unet").unet_transfusion(config, choices.unet_channels, choices.unet_blocks)
+        sizes = choices.unet_channels, choices.unet_blocks, choices.unet_norm
+        return room("unet").unet_transfusion(config, *sizes)
     return Transfusion(config)
 
 

@@ -20,6 +20,7 @@ MUST_MATCH = {
     "patch_encoder",
     "unet_channels",
     "unet_blocks",
+    "unet_norm",
 }
 MUST_MATCH |= {"post_norm", "data", "text", "tokenizer", "merges", "grammar", "documents", "latents"}
 MAY_DIFFER = {

@@ -12,11 +12,21 @@ from model import TimestepEmbedding, Transfusion
 from vae import Downsample, ResBlock, norm
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the channels of each pixel: (N, C, H, W) -> (N, C, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+NORMS = {"layer": partial(LayerNorm, eps=1e-6), "group": norm}
+
+
 class UNetBlock(ResBlock):
     """A residual block into which the timestep is added, as in DDPM's U-Net (Ho et al. 2020)."""
 
-    def __init__(self, in_channels, out_channels, timestep_dim):
-        super().__init__(in_channels, out_channels)
+    def __init__(self, in_channels, out_channels, timestep_dim, norm=norm):
+        super().__init__(in_channels, out_channels, norm)
         self.timestep = nn.Linear(timestep_dim, out_channels)
 
     def forward(self, x, t):
@@ -28,13 +38,15 @@ class UNetPatches(nn.Module):
     """Residual blocks take latents down to where a pixel is a patch, and the transformer's output up again.
 
     A level is half as wide as the one below it, so that all cost the same; the paper gives no widths. Each
-    block on the way up also sees what its counterpart on the way down made. Norms are plain group norms
-    (footnote 7), without the timestep. channels: width of the lowest level; blocks: on a level, each way.
+    block on the way up also sees what its counterpart on the way down made. Norms do not depend on t;
+    regular layer norms are the paper's (footnote 7). channels: width of the lowest level; blocks: on a level,
+    each way; norms: layer or group.
     """
 
-    def __init__(self, config, channels, blocks):
+    def __init__(self, config, channels, blocks, norms="layer"):
         super().__init__()
         self.config = c = config
+        norm = NORMS[norms]
         depth = c.patch_size.bit_length() - 1  # one halving for each factor of 2
         widths = [channels >> (depth - level) for level in range(depth + 1)]  # level 0 is the latents'
         conv = partial(nn.Conv2d, kernel_size=3, padding=1)
@@ -44,8 +56,8 @@ class UNetPatches(nn.Module):
             above = widths[level - 1] if level else width
             ins = [above] + [width] * (blocks - 1)
             self.enter.append(Downsample(above) if level else conv(c.latent_channels, width))
-            self.down.append(nn.ModuleList(UNetBlock(before, width, channels) for before in ins))
-            self.up.append(nn.ModuleList(UNetBlock(2 * width, width, channels) for _ in range(blocks)))
+            self.down.append(nn.ModuleList(UNetBlock(before, width, channels, norm) for before in ins))
+            self.up.append(nn.ModuleList(UNetBlock(2 * width, width, channels, norm) for _ in range(blocks)))
             if level:
                 leave = [nn.Upsample(scale_factor=2), conv(width, above)]
             else:
@@ -98,10 +110,10 @@ def check_widths(patch_size, channels):
         raise ValueError(f"unet_channels is {channels}; with patch_size {patch_size} {wanted}")
 
 
-def unet_transfusion(config, channels, blocks):
+def unet_transfusion(config, channels, blocks, norms="layer"):
     """A Transfusion with these ways in and out, and random weights."""
     check_widths(config.patch_size, channels)
-    model = Transfusion(config, partial(UNetPatches, channels=channels, blocks=blocks))
+    model = Transfusion(config, partial(UNetPatches, channels=channels, blocks=blocks, norms=norms))
     # The blocks on the way up see this beside outputs of standard deviation 1 of those on the way down.
     nn.init.normal_(model.patches.decoder.weight, std=config.dim**-0.5)
     return model

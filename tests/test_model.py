@@ -15,7 +15,7 @@ from extras import Choices, cli, new_model
 from extras.chameleon import Chameleon
 from extras.costs import training_flops, training_memory
 from extras.engine import KVCache
-from extras.unet import UNetBlock, UNetPatches, unet_transfusion
+from extras.unet import NORMS, LayerNorm, UNetBlock, UNetPatches, unet_transfusion
 from model import SIZES, Transfusion, TransfusionConfig, patchify, rope_table, rotate, unpatchify
 
 
@@ -176,6 +176,14 @@ def test_parameters_of_the_unet(name, patch_size, billions):
     assert sum(p.numel() for p in unet.parameters()) / 1e9 == pytest.approx(billions, abs=0.001)
 
 
+def test_norms_of_the_unet():
+    """Layer norm is that of torch over the channels of each pixel; the small presets have group norms instead."""
+    x = torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(NORMS["layer"](8)(x), torch.nn.functional.layer_norm(x.permute(0, 2, 3, 1), (8,), eps=1e-6).permute(0, 3, 1, 2))
+    kinds = {name: {type(m) for m in tiny_model(patch_encoder="unet", unet_norm=name).patches.modules()} for name in NORMS}
+    assert torch.nn.GroupNorm not in kinds["layer"] and torch.nn.GroupNorm in kinds["group"] and LayerNorm not in kinds["group"]
+
+
 def test_unet_block_equals_diffusers():
     values = np.load(FIXTURES / "unet.npz")
     theirs = drawn_weights(json.loads(str(values["shapes"])))
@@ -201,7 +209,7 @@ def test_what_the_trunk_says_reaches_a_fresh_unets_output():
     """Beside the skip connections; a U-Net that hardly listens at first learns late what the text asks for."""
     torch.manual_seed(0)
     sizes = dict(dim=128, n_layers=1, n_heads=4, mlp_multiple=32, vocab_size=10, latent_channels=4, latent_size=8)
-    unet = unet_transfusion(TransfusionConfig(**sizes), 64, 1).patches
+    unet = unet_transfusion(TransfusionConfig(**sizes), 64, 1, "group").patches
     x, t = torch.randn(2, 8, 4, 8, 8), torch.full((8,), 1000)
     with torch.no_grad():
         h, skips = unet.encode(x[0], t)
