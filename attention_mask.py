@@ -5,9 +5,8 @@ document. A patch may also attend to the later patches of its own image, unless 
 and <EOI> are text, outside the image's block. Nothing sees another document packed into the same row.
 Padding sees only itself: a row of the mask that is all False would turn softmax into NaN.
 
-Exports `mask_rule`, the rule in the form that FlexAttention takes; `transfusion_mask`, the rule as a dense
-mask for scaled_dot_product_attention, the reference everywhere; and `flex_mask`, the rule as the block mask
-of FlexAttention (Dong et al. 2024), which skips empty blocks and is used only when training on CUDA.
+Exports `mask_rule`, the rule in the form that FlexAttention takes; `transfusion_mask`, a dense mask, the
+reference everywhere; `flex_mask`, FlexAttention's block mask (Dong et al. 2024), for training on CUDA.
 """
 
 from functools import cache

@@ -52,6 +52,12 @@ class DataConfig:
 # ---- Text as tokens ------------------------------------------------------------------------------
 
 
+def clean_text(text):
+    """A caption or a prompt as the model sees it: one line that can be encoded; "" if nothing is in it."""
+    text = text.replace("\0", " ").encode(errors="replace").decode() if isinstance(text, str) else ""
+    return " ".join(text.strip().splitlines()) if any(c.isprintable() and c != " " for c in text) else ""
+
+
 class Tokenizer:
     """Bytes as tokens: ids 0..255, then the five special tokens. Subclasses have other pieces of text."""
 
@@ -396,8 +402,7 @@ if __name__ == "__main__":
     tokenizer = BPETokenizer.learn([scenes.pair(i)[0] for i in range(2000)], 512)
     documents = PairDocuments(scenes, tokenizer, config)
     batch = next(Loader(Stream(documents, config.seq_len, rows=8, n_patches=16), tokenizer))
-    filled = (batch.doc_id >= 0).float().mean()
-    print(f"vocabulary {tokenizer.vocab_size}; one batch: {len(batch.images)} images, {filled:.1%} filled")
+    print(f"vocabulary {tokenizer.vocab_size}; one batch: {len(batch.images)} images")
     names = {tokenizer.bos: "<BOS>", tokenizer.boi: "<BOI>", tokenizer.eoi: "<EOI>", tokenizer.pad: "#"}
     row = batch.tokens[(batch.image_id >= 0).sum(1).argmax()].tolist()
     print("the row with most images:", " ".join(names.get(i) or repr(tokenizer.decode([i])) for i in row))

@@ -24,7 +24,7 @@ from PIL import Image
 
 import extras
 from attention_mask import TEXT, transfusion_mask
-from data import DataConfig, Tokenizer, to_pixels
+from data import DataConfig, Tokenizer, clean_text, to_pixels
 from diffusion import DDPM, DiffusionConfig, SamplingConfig, guide
 from extras import Choices, cli, generate, runs, show
 from model import Transfusion, TransfusionConfig
@@ -136,7 +136,7 @@ def generate_one(
     sequence = [tokenizer.bos]
     for part in document:
         if isinstance(part, str):
-            sequence += tokenizer.encode(part)
+            sequence += tokenizer.encode(clean_text(part))
         else:
             pixels = to_pixels(extras.room("pairs").fit_image(part, trained.data.image_size))  # (3, H, W)
             sequence += [tokenizer.boi, trained.vae.encode(pixels[None].to(device)), tokenizer.eoi]

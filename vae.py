@@ -1,21 +1,17 @@
 """The autoencoder that turns images into the latents that are diffused (paper, section 4.1 and appendix A).
 
-A convolutional KL-VAE as in latent diffusion (Esser et al. 2021; Rombach et al. 2022): 256x256x3 ->
-32x32x8. Its loss is
+A convolutional KL-VAE as in latent diffusion (Esser et al. 2021; Rombach et al. 2022): 256x256x3 to 32x32x8.
+Its loss is
 
     L1 + LPIPS + 0.5 GAN (patch discriminator, from `disc_start` on, with an adaptive weight) + 1e-6 KL
 
-with latent diffusion's reduction, on which those weights depend: L1 and KL are *summed* over the elements
-of an image and averaged over the batch. The paper's further term on MoCo v2 features is left out: no
-package carries those weights.
-It trains in float32: half precision gives NaNs here. Each latent channel is standardised by statistics
-that are measured after training and stored with the weights, so that the diffusion sees mean 0 and
-variance 1.
+with latent diffusion's reduction, on which those weights depend: L1 and KL are *summed* over the elements of
+an image and averaged over the batch. The paper's term on MoCo v2 features is left out: no package has those
+weights. It trains in float32, for half precision gives NaNs. Each latent channel is standardised by numbers
+that are measured after training and stored with the weights: the diffusion sees mean 0 and variance 1.
 
-Exports `VAEConfig`, `VAE`, `train_vae`, and the convolutional blocks.
-`python vae.py --config small` trains one alone and writes reconstructions; with `--data PATH --encode
-FOLDER` it encodes
-all images once, so that training need not: at 256x256 the encoder costs as much as a small transformer.
+`python vae.py --config small` trains one alone and shows reconstructions. `--data PATH --encode FOLDER`
+encodes all images once: at 256x256 the encoder costs as much as a small transformer.
 """
 
 import math

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from attention_mask import transfusion_mask
-from data import Picture, collate, document_length
+from data import Picture, clean_text, collate, document_length
 from diffusion import guide, needs_noise
 from extras.cli import RANGES, RULE
 from extras.pairs import fit_image
@@ -475,11 +475,11 @@ def to_segments(document, trained, draw):
         elif not isinstance(part, str):
             found = f"here has a {type(part).__name__}; of an array, Image.fromarray makes an image"
             raise ValueError(f"a document is of strings and PIL images, and {found}")
-        elif not part.strip():
+        elif not (text := clean_text(part)):
             advice = "say what to draw, or leave it out to let the model start by itself"
             raise ValueError(f"the prompt is empty; {advice}")
         else:
-            segments.append(trained.tokenizer.encode(part))
+            segments.append(trained.tokenizer.encode(text))
     drawing = bool(draw and document and isinstance(document[-1], str))
     if drawing:
         segments.append([trained.tokenizer.boi])

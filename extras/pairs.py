@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from data import clean_text
 from extras.latents import Latents
 from extras.runs import opening
 from extras.sources import Mixture
@@ -93,12 +94,6 @@ def leads_out(name):
     return name.startswith(("/", "\\")) or os.path.isabs(name) or ".." in re.split(r"[/\\]", name)
 
 
-def clean_caption(text):
-    """A caption as it is trained on: one line of what can be encoded; "" if there is nothing to see."""
-    text = text.replace("\0", " ").encode(errors="replace").decode() if isinstance(text, str) else ""
-    return " ".join(text.strip().splitlines()) if any(c.isprintable() and c != " " for c in text) else ""
-
-
 def read_part(path, offset, size):
     """So many bytes of a file."""
     with open(path, "rb") as file:
@@ -118,7 +113,7 @@ def read_captions(part, suffix):
     except (ValueError, TypeError, KeyError, RecursionError):
         return [], 'with a .json that is no JSON object with a "caption"'
     captions = captions if isinstance(captions, list) else [captions]
-    return list(filter(None, map(clean_caption, captions))), "with an empty caption"
+    return list(filter(None, map(clean_text, captions))), "with an empty caption"
 
 
 def join(parts, where, found):
@@ -225,7 +220,7 @@ def coco_records(path, found):
         images = [image for image in content["images"] if isinstance(image["file_name"], str)]
         names = {image["id"]: image["file_name"] for image in images}
         for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(clean_caption(annotation["caption"]))
+            captions.setdefault(annotation["image_id"], []).append(clean_text(annotation["caption"]))
         first = images[0]["file_name"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         shape = '{"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}'

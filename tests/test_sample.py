@@ -73,6 +73,16 @@ def recompute(trained, document, seed, *, max_tokens=20, max_images=2, **options
     return new
 
 
+def test_what_surrounds_a_prompt_changes_nothing(talker):
+    """A person types a line end, and pastes what has a zero byte or a lone surrogate in it."""
+    trained = tiny_trained(talker)
+    (expected,) = generated(trained, [["a red dot"]], [3], max_tokens=0)
+    for prompt in (" a red dot", "a red dot\n", "a red dot\r\n", "a red dot\u00a0", "\ta red dot  "):
+        assert torch.equal(generated(trained, [[prompt]], [3], max_tokens=0)[0][0], expected[0]), prompt
+    assert torch.equal(*(generated(trained, [[prompt]], [3], max_tokens=0)[0][0] for prompt in ("a red\ndot", "a red dot")))
+    generated(trained, [["a \ud800 dot"]], [3], max_tokens=0)
+
+
 DOCUMENTS = [["a red dot"], [image(1)], [], ["ab", image(2), "make it abcdefghijklmnop"], ["x"], [image(3), image(4)], [image(5), "c"]]
 
 
