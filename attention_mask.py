@@ -64,9 +64,8 @@ def flex_mask(image_id, doc_id, causal=False):
     """
     create = compiled_create_block_mask() if image_id.is_cuda else create_block_mask
     batch, length = image_id.shape
-    return create(
-        mask_rule(image_id, doc_id, causal), batch, None, length, length, device=image_id.device.type
-    )
+    rule = mask_rule(image_id, doc_id, causal)
+    return create(rule, batch, None, length, length, device=image_id.device.type)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     Tokenizer      bytes, then <BOS>, <EOS>, <BOI>, <EOI> and padding
     Picture        an image inside a document; the other segments of a document are lists of tokens
-    Batch          what travels from here to the loss; every other file reads it by these names. `collate`
-    makes it PairDocuments  <BOS> caption <BOI> patches <EOI> <EOS>, or <BOS> <BOI> patches <EOI> caption
-    <EOS> Stream         documents packed into rows of a fixed length Loader         the batches of a
-    stream, their images decoded ahead of need in other processes
+    Batch          one training batch, laid out by `collate`; every other file uses its field names
+    PairDocuments  <BOS> caption <BOI> patches <EOI> <EOS>, or <BOS> <BOI> patches <EOI> caption <EOS>
+    Stream         documents packed into rows of a fixed length
+    Loader         the batches of a stream; worker processes decode the images ahead
 
 Everything is a function of (seed, index): any process can return to any place of the stream.
 """
@@ -34,19 +34,11 @@ class DataConfig:
     image_size: int = 256  # pixels a side
     seq_len: int = 4096  # tokens a row; documents are packed into it
     caption_first: float = 0.8  # share of pairs whose caption precedes the image (section 4.1)
-    drop_caption: float = (
-        0.1  # share of caption-first pairs without the caption: the unconditional branch of guidance
-    )
-    image_first_max_t: int = (
-        1000  # noise limit where the image precedes its caption; 500 in an ablation of section 4.3
-    )
-    text_fraction: float = (
-        0.5  # share of all positions in documents of text alone (section 4.1: text and image 1 : 1)
-    )
+    drop_caption: float = 0.1  # share of those without the caption: guidance's unconditional branch
+    image_first_max_t: int = 1000  # noise limit where the image comes first; 500 in an ablation (4.3)
+    text_fraction: float = 0.5  # share of all positions in documents of text alone (section 4.1)
     max_broken: float = 0.05  # training stops if more than this share of the data cannot be used
-    workers: int = (
-        4  # processes that decode images, for each rank, at most one a core; 0 = the training process itself
-    )
+    workers: int = 4  # processes that decode images, for each rank; 0 = the training process itself
 
 
 # ---- Text as tokens ------------------------------------------------------------------------------
@@ -88,9 +80,7 @@ class Picture:
 
     load: Callable  # () -> uint8 (H, W, 3); raises ValueError if that cannot be done
     max_t: int  # the largest timestep it may be noised to; 0: shown clean, as conditioning, without a loss
-    instead: Callable | None = (
-        None  # () -> the document, no longer, that takes this one's place if the image is broken
-    )
+    instead: Callable | None = None  # () -> the document, no longer, to use if the image is broken
 
 
 class Cut(list):
@@ -111,12 +101,8 @@ class Batch:
     image_id: torch.Tensor  # (B, S) int64: which of `images` a patch belongs to, -1 for text
     doc_id: torch.Tensor  # (B, S) int64: which document of its row a position belongs to, -1 for padding
     positions: torch.Tensor  # (B, S) int64: place within the document, for RoPE
-    images: (
-        torch.Tensor
-    )  # (N, 3, H, W) float32 in -1..1; with cached latents (N, 2 C, h, w): mean and log-variance
-    max_t: (
-        torch.Tensor
-    )  # (N,) int64: the largest timestep of each image, 0 = clean conditioning without a loss
+    images: torch.Tensor  # (N, 3, H, W) float32 in -1..1; or cached (N, 2 C, h, w): mean, log-variance
+    max_t: torch.Tensor  # (N,) int64: the largest timestep of each image, 0 = clean, without a loss
 
     def to(self, device):
         """The same batch on another device."""
@@ -129,7 +115,7 @@ def to_pixels(images):
 
 
 def load_images(document, errors):
-    """-> (document, its images' pixels); if one cannot be read, those of the document in its place."""
+    """-> (document, its images' pixels). If one is unreadable, `instead` replaces the document."""
     while True:
         parts = [part for part in document if isinstance(part, Picture)]
         try:
@@ -190,25 +176,19 @@ class PairDocuments:
     """Captioned images as documents, in the paper's two orders (section 4.1): number -> list of segments.
 
     pairs: a source; `pairs.pair(i)` -> (caption, load), `pairs.name(i)` for messages, `len(pairs)` if it
-    ends. Other recipes have the same three members.
+    ends. Its siblings in extras/ have `__call__`, `name` and `n_pairs`, too.
     """
 
     def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0):
-        self.pairs, self.tokenizer, self.config, self.timesteps, self.seed = (
-            pairs,
-            tokenizer,
-            config,
-            timesteps,
-            seed,
-        )
+        self.pairs, self.tokenizer, self.config = pairs, tokenizer, config
+        self.timesteps, self.seed = timesteps, seed
         self.n_pairs = len(pairs) if hasattr(pairs, "__len__") else None  # None: without end
 
     def __call__(self, number, attempt=0, room=None):
         """Document `number`.
 
-        Its image may prove broken only after its row was packed. Then a later pair, number + `attempt`,
-        stands in, in the same order, and without its caption where that is longer than the first one's, of
-        `room` tokens.
+        A broken image is found only after packing. Pair number + `attempt` then replaces the pair, in the
+        same order. Its caption is dropped if it is longer than `room` tokens, the first caption's length.
         """
         caption, load = self.pairs.pair(number + attempt)
         ids = self.tokenizer.encode(caption)
@@ -234,13 +214,12 @@ class PairDocuments:
 class Stream:
     """Documents packed into rows of seq_len positions, `rows` rows a step.
 
-    Row r is packed from documents r, r + rows, r + 2 rows, ..., and from nothing else. So whichever rows
-    are `mine`, all processes together make the rows that one would. A row takes its oldest waiting
-    document, then the longest waiting ones that still fit. Packing looks at lengths only; `collate` loads
-    the images.
-    state: {row: [its next document, those that wait]} of my rows. All processes' states together say where
-    the stream stands, and can be given to any other number of processes.
-    skipped: counts the documents that are longer than a row; without it they raise ValueError.
+    Row r takes only documents r, r + rows, r + 2 rows, ... So any division of the rows among processes gives
+    the same rows. A row takes its oldest waiting document, then the longest waiting ones that still fit.
+    Packing looks at lengths only; `collate` loads the images.
+    state: {row: [next document, waiting documents]} of my rows. The states of all processes, merged, can be
+    loaded by any number of processes.
+    skipped: counts documents, and those longer than a row; without it the latter raise ValueError.
     """
 
     LOOK_AHEAD = 16  # documents that wait for each row
@@ -333,7 +312,7 @@ class Loader:
 
     @property
     def state(self):
-        """Where the stream stands for who has used all the batches handed out, and no more."""
+        """The stream's state after the last batch that was handed out."""
         return dict(self.stream.state) if self._batches is None else self._state
 
     def __next__(self):
@@ -355,7 +334,7 @@ class Loader:
 
 
 def pack(stream, batch_rows, states):
-    """The documents' numbers, row by row, of each batch, for ever; `states` takes the states after it."""
+    """Yield each batch's document numbers, row by row, for ever; append the stream's state to `states`."""
     while True:
         for i in range(0, len(stream.mine), batch_rows):
             rows = [stream.numbers(r) for r in stream.mine[i : i + batch_rows]]
@@ -376,7 +355,7 @@ class BatchDataset:
     def __getitem__(self, rows):
         """Numbers of documents, row by row -> (Batch, reasons why images could not be read).
 
-        What stops training is handed over as a value, too, for a worker would raise it with its traceback.
+        A fatal error is returned, not raised: a worker would print a traceback.
         """
         errors = None if self.strict else []
         rows = [[self.document(i) for i in row] for row in rows]

@@ -26,12 +26,8 @@ class DiffusionConfig:
     """The schedule's length and what the network learns on it."""
 
     timesteps: int = 1000  # T
-    prediction: Literal["eps", "v"] = (
-        "eps"  # what the network predicts: eps (the paper) or v (Salimans & Ho 2022)
-    )
-    t_draw: Literal["uniform", "logit_normal"] = (
-        "uniform"  # training timesteps: uniform (the paper) or logit_normal
-    )
+    prediction: Literal["eps", "v"] = "eps"  # what is predicted: the paper's eps, or v (Salimans & Ho 2022)
+    t_draw: Literal["uniform", "logit_normal"] = "uniform"  # training timesteps; the paper's are uniform
     t_mean: float = 0.0  # of logit_normal (Esser et al. 2024): above 0 leans towards high noise
     t_std: float = 1.0  # of logit_normal
 
@@ -122,7 +118,7 @@ class DDPM(nn.Module):
         return (prediction.float() - target).square().flatten(1).mean(1)
 
     # ---- sampling --------------------------------------------------------------------------------
-    # In all steps, t and s are one timestep for all N images, or an int64 tensor (N,) on the CPU.
+    # Below, t and s are one int for all N images, or an int64 tensor (N,) on the CPU.
 
     def eps_and_x_0(self, prediction, x_t, t):
         """The network's output -> (estimate of the noise, estimate of the clean latents)."""
@@ -156,9 +152,8 @@ class DDPM(nn.Module):
         beta is taken between t and s, so that any subset of the T steps can be visited.
         """
         alpha_t, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
-        mean = scale(alpha_s * beta / sigma_t**2, x_0) + scale(
-            alpha_t / alpha_s * sigma_s**2 / sigma_t**2, x_t
-        )
+        of_x_0, of_x_t = alpha_s * beta / sigma_t**2, alpha_t / alpha_s * sigma_s**2 / sigma_t**2
+        mean = scale(of_x_0, x_0) + scale(of_x_t, x_t)
         return mean + scale(sigma_s / sigma_t * beta.sqrt(), noise)
 
     def ddim_step(self, eps, x_0, t, s, noise, eta):

@@ -5,9 +5,8 @@
     python evaluate.py out/coco --judged 5000 --inception weights-inception-2015-12-05-6726825d.pth \\
         --clip clip-vit-base-patch32 --text wiki.txt
 
-What is measured is handed in: a metric takes (images, drawn, written, references) and returns {name:
-number}. The built-in scenes have an exact judge (extras/judge.py); your own data have CIDEr, FID and CLIP
-score (extras/metrics.py).
+A metric is a function (images, drawn, written, references) -> {name: number}. The built-in scenes have an
+exact judge (extras/judge.py); your own data have CIDEr, FID and CLIP score (extras/metrics.py).
 """
 
 import itertools
@@ -74,9 +73,8 @@ def perplexity(trained, texts):
             batch.targets == tokenizer.eos, NO_LOSS
         )  # what follows a text is no text
         mask = transfusion_mask(batch.image_id, batch.doc_id)
-        logits, _ = model(
-            batch.tokens, batch.image_id, batch.positions, mask, no_images, no_images[:, 0, 0, 0]
-        )
+        no_t = no_images[:, 0, 0, 0]
+        logits, _ = model(batch.tokens, batch.image_id, batch.positions, mask, no_images, no_t)
         logits = logits.flatten(0, 1).float()  # (B S, vocab_size)
         loss += F.cross_entropy(logits, targets.flatten(), ignore_index=NO_LOSS, reduction="sum").item()
         tokens += int((targets != NO_LOSS).sum())
@@ -85,9 +83,8 @@ def perplexity(trained, texts):
 
 def score_split(trained, pairs, judged, seed, metrics, generate):
     """Score a model on `judged` pairs of one split -> {what: number, or {aspect: share}}."""
-    numbers = sources.fitting(
-        pairs, judged, trained.tokenizer, trained.data.seq_len, trained.model.config.n_patches
-    )
+    sizes = trained.data.seq_len, trained.model.config.n_patches
+    numbers = sources.fitting(pairs, judged, trained.tokenizer, *sizes)
     skipped = sources.Skipped("pictures", 1.0)
     found = sources.readable(
         pairs, itertools.cycle(numbers), len(numbers), skipped
@@ -133,13 +130,11 @@ def format_scores(scores):
     """The scores as a table to print."""
     rows = {}  # (split, what) -> {aspect: share}
     for split, found in scores["splits"].items():
-        shares = {what: found[what] for what in ("prompts", "captions") if what in found} | found.get(
-            "changes", {}
-        )
+        shares = {what: found[what] for what in ("prompts", "captions") if what in found}
+        shares |= found.get("changes", {})
         rows |= {(split.replace("_", " "), what): {"n": found["n"]} | each for what, each in shares.items()}
-    aspects = list(
-        dict.fromkeys(aspect for each in rows.values() for aspect in each if aspect not in ("n", "all"))
-    )
+    named = dict.fromkeys(aspect for each in rows.values() for aspect in each)  # in order, once
+    aspects = [aspect for aspect in named if aspect not in ("n", "all")]
     head = f"{'':24}{'right':>8}" + "".join(f"{aspect:>10}" for aspect in aspects)
     lines = [head + "     (% of those judged)"]
     for (split, what), each in rows.items():
@@ -168,22 +163,17 @@ def format_scores(scores):
 def main(argv=None):
     """The command line."""
     parser = cli.Parser(description="Score a checkpoint.", allow_abbrev=False)
-    parser.add_argument(
-        "ckpt", nargs="?", help="checkpoint or a run's folder (default: the newest under out/)"
-    )
-    parser.add_argument("--judged", type=int, default=300, help="images per split (default 300)")
-    parser.add_argument("--seed", type=int, default=1, help="which images and noise (default 1)")
+    add = parser.add_argument
+    add("ckpt", nargs="?", help="checkpoint or a run's folder (default: the newest under out/)")
+    add("--judged", type=int, default=300, help="images per split (default 300)")
+    add("--seed", type=int, default=1, help="which images and noise (default 1)")
     cli.add_sampling(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument(
-        "--text", metavar="FILE", help="also measure the perplexity of this text, .txt or .jsonl"
-    )
-    parser.add_argument(
-        "--inception", metavar="FILE", default="", help="weights of FID's network: also measure FID"
-    )
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--text", metavar="FILE", help="also measure the perplexity of this text, .txt or .jsonl")
+    add("--inception", metavar="FILE", default="", help="weights of FID's network: also measure FID")
     clip = "a CLIP of transformers or open_clip: also measure the CLIP score"
-    parser.add_argument("--clip", metavar="FOLDER", default="", help=clip)
-    parser.add_argument("--json", metavar="FILE", help="also write the scores there")
+    add("--clip", metavar="FOLDER", default="", help=clip)
+    add("--json", metavar="FILE", help="also write the scores there")
     args = parser.parse_args(argv)
     if args.judged < 1:
         raise ValueError(f"--judged is {args.judged}; it must be at least 1")

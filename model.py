@@ -29,9 +29,7 @@ class TransfusionConfig:
     dim: int = 768  # width of the residual stream
     n_layers: int = 16
     n_heads: int = 12
-    n_kv_heads: int = (
-        0  # heads of keys and values, each shared by a group of query heads (Llama 3); 0 = n_heads
-    )
+    n_kv_heads: int = 0  # heads of keys and values, each for a group of query heads (Llama 3); 0 = n_heads
     mlp_multiple: int = 256  # the MLP is 8/3 dim wide, rounded up to a multiple of this
     mlp_width: int = 0  # or as wide as this (Llama 3); 0 = by mlp_multiple
     rope_theta: float = 10000.0  # base of the rotary frequencies
@@ -52,9 +50,8 @@ class TransfusionConfig:
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, {self.n_heads}")
         if len(self.rope_scaling) not in (0, 4):
-            raise ValueError(
-                f"rope_scaling is {self.rope_scaling}; it must be four numbers, as in 8,1,4,8192"
-            )
+            wanted = "it must be four numbers, as in 8,1,4,8192"
+            raise ValueError(f"rope_scaling is {self.rope_scaling}; {wanted}")
         if self.latent_size % self.patch_size:
             side = f"it must divide the latent image's side, {self.latent_size}"
             raise ValueError(f"patch_size is {self.patch_size}; {side}")
@@ -127,7 +124,7 @@ def rope_table(positions, head_dim, theta, scaling=()):
 def rotate(x, rope):
     """Turn each pair of components of x (B, H, S, head_dim) by its position's angle.
 
-    q . k then depends on the distance between their positions alone.
+    q . k then depends on positions only by their difference.
     """
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
@@ -138,7 +135,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with RoPE.
 
     mask: who sees whom; a bool tensor, a BlockMask (FlexAttention), or None = everything sees everything.
-    update: takes the new keys and values, and returns all that are visible; a KV cache's.
+    update(k, v): a KV cache's: it stores the new keys and values, and returns all.
     """
 
     def __init__(self, config):
@@ -239,7 +236,7 @@ class LinearPatches(nn.Module):
         self.decoder = nn.Linear(config.dim, patch_dim)
 
     def encode(self, x_t, t):
-        """(N, C, H, W), (N,) -> (N, P, dim), and what `decode` needs besides: nothing here."""
+        """(N, C, H, W), (N,) -> (N, P, dim), and None; the U-Net hands its skips to `decode`."""
         patches = patchify(x_t, self.config.patch_size) + self.timestep(t)[:, None]  # (N, P, k k C)
         return self.encoder(patches), None
 
@@ -251,7 +248,7 @@ class LinearPatches(nn.Module):
 class Transfusion(nn.Module):
     """One transformer over tokens and patches; see the drawing at the top of the file.
 
-    patches, block: what makes the ways in and out of patches, and one of the layers, of the config.
+    patches(config) makes the patch encoder and decoder; block(config) makes one layer.
     """
 
     def __init__(self, config, patches=LinearPatches, block=Block):
@@ -276,7 +273,7 @@ class Transfusion(nn.Module):
             nn.init.zeros_(module.bias)
 
     def embed(self, tokens, image_id, x_t, t):
-        """Tokens and noised images -> the trunk's input (B, S, dim), its patches' slots, what `decode` needs.
+        """Tokens and noised images -> the blocks' input (B, S, dim), the patches' slots, `kept` for `decode`.
 
         Slots: (N P,) indices into the flattened B S positions, in reading order.
         """

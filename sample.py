@@ -3,11 +3,9 @@
     python sample.py --prompt "a red circle at the top left"     an image of it
     python sample.py --image picture.png                         its caption
     python sample.py --image picture.png --prompt "make it blue" another image, after both
-    python sample.py --prompt "a red circle at the top left" --max_images 3
-                                                                 a story: the model writes what changes,
-                                                                 and draws it
-    python sample.py                                             the model starts by itself; --free: it
-    goes on by itself
+    python sample.py --prompt "a red circle" --max_images 3      a story: text and images in turn
+    python sample.py --prompt "a red circle" --free              the model decides when to draw
+    python sample.py                                             the model starts without a prompt
 
 `generate_one` is the whole method, for one document, by recomputing the sequence at every step. `generate`
 does the same for many at once with a KV cache (extras/engine.py), and is held to it by a test.
@@ -70,7 +68,7 @@ def load(path, device="cpu"):
 
 
 def run(model, sequence, t=0):
-    """One sequence of token ids and latents (1, C, H, W), the last of them noised to t and the others clean.
+    """Run one sequence of token ids and latents (1, C, H, W): the last latent is at t, the others clean.
 
     -> the logits of the next token (vocab_size,), and the prediction for the last image (1, C, H, W).
     """
@@ -97,7 +95,7 @@ def run(model, sequence, t=0):
 
 
 def pick_token(logits, temperature, generator):
-    """Sample a token of logits (vocab_size,): the first where the probabilities add up to a uniform draw."""
+    """The first token whose cumulative probability reaches a uniform draw: logits (vocab_size,) -> id."""
     if temperature == 0:
         return int(logits.argmax())
     total = (logits.cpu().double() / temperature).softmax(-1).cumsum(-1)  # (vocab_size,)
@@ -122,7 +120,7 @@ def generate_one(
     def length():
         return sum(c.n_patches if torch.is_tensor(item) else 1 for item in sequence)
 
-    def noise(like=None):
+    def noise(_=None):
         shape = (1, c.latent_channels, c.latent_size, c.latent_size)
         return torch.randn(shape, generator=generator).to(device)
 
@@ -181,28 +179,14 @@ def main(argv=None):
     add("--prompt", action="append", default=[], help="what to draw; may be given several times")
     add("--prompts", metavar="FILE", help="a text file with a prompt a line")
     add("--image", help="image to caption (or, with --prompt, what precedes the prompt: an instruction)")
-    add(
-        "--free",
-        action="store_true",
-        help="let the model decide when to draw, instead of drawing each prompt at once",
-    )
+    add("--free", action="store_true", help="let the model decide when to draw, not at once after a prompt")
     add("--num", type=int, help="samples per prompt (default 4; 1 for captions; 8 without a prompt)")
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="of the first sample of each prompt (default 0); the next ones count on",
-    )
+    add("--seed", type=int, default=0, help="of each prompt's first sample (default 0); the next count on")
     cli.add_sampling(parser)
     add("--eta", type=float, help="noise that ddim adds, 0 to 1 (default 0)")
     add("--temperature", type=float, help="of the text; 0 = greedy (default: 0 after a prompt, else 1)")
     add("--top_k", type=int, default=0, help="sample text among the k likeliest tokens; 0 = all")
-    add(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="sample text among the likeliest tokens of this probability together",
-    )
+    add("--top_p", type=float, default=1.0, help="sample text among the likeliest that have this probability")
     add("--max_tokens", type=int, default=64, help="at most so much new text per document (default 64)")
     add("--max_images", type=int, help="at most so many new images per document (default 1; 0 for captions)")
     add("--max_batch", type=int, default=64, help="documents in work at a time (default 64)")
@@ -233,9 +217,8 @@ def main(argv=None):
     settings = engine.defaults(trained) | cli.given_sampling(args) | dict(top_k=args.top_k, top_p=args.top_p)
     if args.eta is not None:
         settings["eta"] = args.eta
-    settings["temperature"] = (
-        (0.0 if texts or image else 1.0) if args.temperature is None else args.temperature
-    )
+    usual = 0.0 if texts or image else 1.0
+    settings["temperature"] = usual if args.temperature is None else args.temperature
     max_images = (0 if image and not texts else 1) if args.max_images is None else args.max_images
     max_tokens = 0 if drawing and max_images == 1 else args.max_tokens
     settings |= dict(max_images=max_images, max_tokens=max_tokens)
@@ -248,9 +231,8 @@ def main(argv=None):
     settings |= {"free": args.free} | ({"image": Path(args.image).name} if args.image else {})
     notes = ", ".join(f"{name} {value}" for name, value in settings.items())
     notes = [f"checkpoint {ckpt}, seed {seed}, {notes}" for seed in seeds]
-    show.show(
-        results, documents, Path(args.out), terminal, notes, lambda item: engine.to_image(item, trained)
-    )
+    to_image = lambda item: engine.to_image(item, trained)
+    show.show(results, documents, Path(args.out), terminal, notes, to_image)
 
 
 if __name__ == "__main__":

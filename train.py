@@ -10,8 +10,8 @@ Ctrl-C saves before it stops. A step is a function of (seed, step, row): however
 rows, and however many micro-batches each cuts its share into, the global batch, its noise and its loss are
 the same.
 
-Read `Objective.each` and `train_step`, then `train`. The presets are the one place where recipes live; a
-field that a preset does not name has the default beside its definition, which is the paper's.
+Read `losses` and `train_step`, then `train`. A preset is a recipe. A field that it does not name keeps its
+default, the paper's value.
 """
 
 import itertools
@@ -59,9 +59,7 @@ class Config:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     vae: str = ""  # a trained VAE: ours, or one of diffusers or latent diffusion; "" = train one first
-    init_from: str = (
-        ""  # a Llama's folder, or a checkpoint of ours, to start from; its sizes are then the model's
-    )
+    init_from: str = ""  # a Llama's folder, or a checkpoint of ours, to start from, with its sizes
     freeze_text: bool = False  # with init_from: train only the ways of patches and the special tokens
     rows: int = 512  # rows of seq_len tokens a step, over all processes: 2M tokens with the default 4096
     micro_rows: int = 4  # rows that a process runs at once; gradients are accumulated over the rest. 0 = all
@@ -76,7 +74,7 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of every block; auto = on CUDA
     attention: Literal["auto", "sdpa", "flex"] = "auto"  # dense or block mask; auto = flex where compiled
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; auto = bf16 where there is such
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; auto = bf16 if it is there
     checkpoint_activations: bool = False  # run every block twice rather than keep its activations
     fsdp: bool = False  # several processes share the weights (FSDP2) instead of each keeping a copy (DDP)
     shard: int = 0  # with fsdp: this many processes share one copy (HSDP: those of a node, say); 0 = all
@@ -186,8 +184,8 @@ class Objective:
     def noised(self, batch, rows, key, t_draw=None):
         """A Batch on the device, its clean latents (N, C, h, w), timesteps (N,) and noise like the latents.
 
-        rows: the numbers of its rows. All that is random (the draw of the VAE's posterior, t, eps) is a
-        function of the seed, `key` and the row's number: the same for any division of a step's rows.
+        rows: the numbers of its rows. The seed, `key` and the row's number fix the posterior draw, t and eps,
+        however the rows are divided.
         """
         c = self.config.model
         images_of_row = ((batch.image_id >= 0).sum(1) // c.n_patches).tolist()
@@ -201,10 +199,10 @@ class Objective:
         of_posterior, t, eps = (torch.cat(parts) for parts in zip(*draws))
         if not len(eps):
             return batch, eps, t, eps
-        # Latents that were encoded once come as the posterior's mean and log-variance.
-        posterior = (
-            batch.images.chunk(2, dim=1) if self.config.extra.latents else self.vae.posterior(batch.images)
-        )
+        encoded = (
+            self.config.extra.latents
+        )  # once, ahead: what comes is the posterior's mean and log-variance
+        posterior = batch.images.chunk(2, dim=1) if encoded else self.vae.posterior(batch.images)
         x_0 = self.vae.to_latents(*posterior, of_posterior)
         return replace(batch, images=x_0.new_empty(0)), x_0, t, eps
 
@@ -293,15 +291,15 @@ class Average:
 
 
 def train_step(run):
-    """One optimiser step -> the numbers for the log. fill: the share of positions that are not padding."""
+    """Take one optimiser step -> log values; `fill` is the share of positions that are not padding."""
     config, objective = run.config, run.objective
     rate = learning_rate(config, run.step)
     for group in itertools.chain(*(optimizer.param_groups for optimizer in run.optimizers)):
         group["lr"] = rate
     micro_batches = [(next(run.loader), rows) for rows in run.micro_rows]  # (Batch, its rows' numbers)
 
-    # The means of eq. 1 and eq. 3 are over the whole step. Processes and micro-batches differ in how many
-    # targets and images they hold, so a mean of their means would be another number.
+    # The means of eq. 1 and eq. 3 are over the whole step. Micro-batches hold unequal numbers of targets and
+    # images, so a mean of means would be wrong.
     counts = zip(*(objective.counts(batch) for batch, _ in micro_batches))
     targets, images = (max(1.0, n) for n in total([sum(each) for each in counts], run.device))
     lm, ddpm = 0.0, 0.0
@@ -364,9 +362,8 @@ def open_loader(run, split, workers):
     documents = extras.open_documents(config, run.tokenizer, n_patches, split)
     seq_len, max_broken = config.data.seq_len, config.data.max_broken
     too_long = sources.Skipped(f"documents (with --seq_len {seq_len})", max_broken)
-    stream = Stream(
-        documents, seq_len, config.rows, n_patches, range(run.rank, config.rows, run.ranks), too_long
-    )
+    mine = range(run.rank, config.rows, run.ranks)
+    stream = Stream(documents, seq_len, config.rows, n_patches, mine, too_long)
     return Loader(stream, run.tokenizer, workers, config.micro_rows, sources.Skipped("pictures", max_broken))
 
 
@@ -404,7 +401,7 @@ def set_up(config, resume=False):
     held_out, run.validation, images = open_loader(run, "held_out", 0), [], 0
     while images < config.eval_documents:
         run.validation.append(next(held_out))
-        # Of all processes: none may stop before the others, which would wait for it. Text counts as one.
+        # Images of all processes are counted, so all stop together. A text-only batch counts as one.
         images += total([max(1, len(run.validation[-1].images))], device)[0]
     if state:
         restore(run, state)

@@ -184,9 +184,8 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents):
         """Standardised latents -> images (N, 3, H, W) in -1..1."""
-        return self.decoder(latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]).clamp(
-            -1, 1
-        )
+        z = latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+        return self.decoder(z).clamp(-1, 1)
 
     def draw_latents(self, pixels, generator=None):
         """For training: a draw of the posterior (N, C, h, w), with a gradient, and its KL divergence from the
@@ -198,7 +197,7 @@ class VAE(nn.Module):
 
     @property
     def penalty_weight(self):
-        """The weight of what `draw_latents` returns beside the latents."""
+        """The weight of the KL that `draw_latents` returns."""
         return self.config.kl_weight
 
     def progress(self, penalty):
@@ -207,7 +206,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def measure_statistics(self, images, batch):
-        """Measure the latents' statistics on some 2048 images, `batch` at a time, as train_vae takes them."""
+        """Measure the latents' mean and std on about 2048 images, `batch` at a time."""
         z = []
         for i in range(max(1, 2048 // batch)):
             mean, log_var = self.posterior(images(i * batch, batch).to(self.latent_mean.device))
@@ -275,9 +274,9 @@ def train_vae(
     """Train a VAE and measure its latents' statistics -> the VAE in eval mode.
 
     images(first, n): float32 (n, 3, H, W) in -1..1, images number first..first+n-1 of the training data
-    save(state): writes a checkpoint, a dict; state: one that was saved, to go on from
+    save(checkpoint): writes a dict; state: a saved checkpoint to go on from
     interrupted(): asked after every step; if true, the state is saved and KeyboardInterrupt raised
-    network: what makes the VAE of the config. Raises FloatingPointError if the loss is not finite.
+    network(config): makes the VAE. Raises FloatingPointError if the loss is not finite.
     """
     torch.manual_seed(seed)
     vae, disc = network(config).to(device), PatchDiscriminator().to(device)

@@ -255,6 +255,7 @@ def test_the_preset_trains_samples_and_is_evaluated(chameleon_run, tmp_path):
 
 
 def test_exported_and_read_back(chameleon_run, tmp_path):
+    pytest.importorskip("safetensors")
     trained = load(chameleon_run[0])
     export(trained, tmp_path / "model")
     again = load(tmp_path / "model")
