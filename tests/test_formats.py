@@ -784,7 +784,7 @@ def test_bad_tokenizer_json(content, tmp_path):
     pytest.importorskip("tokenizers", reason="reads tokenizer.json with the package tokenizers")
     if content is not None:
         (tmp_path / "t.json").write_bytes(content)
-    with pytest.raises(ValueError, match="--tokenizer .*t.json: (is not|No such file)"):
+    with pytest.raises(ValueError, match="--tokenizer .*t.json: (is not|no such file)"):
         open_tokenizer(configured(tokenizer=str(tmp_path / "t.json")), Scenes())
 
 
