@@ -5,22 +5,17 @@
     Batch          one training batch, laid out by `collate`; every other file uses its field names
     PairDocuments  <BOS> caption <BOI> patches <EOI> <EOS>, or <BOS> <BOI> patches <EOI> caption <EOS>
     Stream         documents packed into rows of a fixed length
-    Loader         the batches of a stream; worker processes decode the images ahead
 
-Everything is a function of (seed, index): any process can return to any place of the stream.
+Everything is a function of (seed, index): any process can return to any place of the stream. Worker
+processes that load images ahead are in extras/loader.py.
 """
 
-import os
-import signal
-import sys
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from attention_mask import PADDING, TEXT
 
@@ -80,7 +75,6 @@ class Picture:
 
     load: Callable  # () -> uint8 (H, W, 3); raises ValueError if that cannot be done
     max_t: int  # the largest timestep it may be noised to; 0: shown clean, as conditioning, without a loss
-    instead: Callable | None = None  # () -> the document, no longer, to use if the image is broken
 
 
 class Cut(list):
@@ -114,28 +108,13 @@ def to_pixels(images):
     return torch.as_tensor(np.asarray(images)).movedim(-1, -3).float() / 127.5 - 1
 
 
-def load_images(document, errors):
-    """-> (document, its images' pixels). If one is unreadable, `instead` replaces the document."""
-    while True:
-        parts = [part for part in document if isinstance(part, Picture)]
-        try:
-            return document, [part.load() for part in parts]
-        except ValueError as error:
-            if errors is None or not parts[0].instead:
-                raise
-            errors.append(str(error))
-            document = parts[0].instead()
-
-
-def collate(rows, tokenizer, seq_len, n_patches, errors=None):
+def collate(rows, tokenizer, seq_len, n_patches):
     """Lay rows of documents out as a Batch.
 
     A position's target is the next token of its document, <EOS> after the last. There is none where the
     input is <BOI> (footnote 8) or a patch. So <BOI> is a target; <EOI> is not, for it is inserted, never
     sampled; and <EOI> as input predicts the text after it. A piece of a longer text (`Cut`) has none at
-    its end.
-    errors: a list that takes the reasons why images could not be read, another document standing in; None
-    = raise them.
+    its end. Raises ValueError if an image cannot be read.
     """
     shape = len(rows), seq_len
     tokens, targets = np.full(shape, tokenizer.pad), np.full(shape, NO_LOSS)
@@ -144,13 +123,12 @@ def collate(rows, tokenizer, seq_len, n_patches, errors=None):
     for b, row in enumerate(rows):
         start = 0
         for d, document in enumerate(row):
-            document, pixels = load_images(document, errors)
-            ids, owner, pixels = [tokenizer.bos], [TEXT], iter(pixels)
+            ids, owner = [tokenizer.bos], [TEXT]
             for part in document:
                 if isinstance(part, Picture):
                     ids += [tokenizer.boi] + [tokenizer.pad] * n_patches + [tokenizer.eoi]
                     owner += [TEXT] + [len(images)] * n_patches + [TEXT]
-                    images.append(next(pixels))
+                    images.append(part.load())
                     max_t.append(part.max_t)
                 else:
                     ids += part
@@ -184,24 +162,14 @@ class PairDocuments:
         self.timesteps, self.seed = timesteps, seed
         self.n_pairs = len(pairs) if hasattr(pairs, "__len__") else None  # None: without end
 
-    def __call__(self, number, attempt=0, room=None):
-        """Document `number`.
-
-        A broken image is found only after packing. Pair number + `attempt` then replaces the pair, in the
-        same order. Its caption is dropped if it is longer than `room` tokens, the first caption's length.
-        """
+    def __call__(self, number, attempt=0):
+        """Document `number`; after an attempt whose image was broken, another pair's in the same order."""
         caption, load = self.pairs.pair(number + attempt)
         ids = self.tokenizer.encode(caption)
         order, drop = np.random.default_rng([self.seed, 7, number]).random(2)
-        caption_first = order < self.config.caption_first
-        dropped = caption_first and drop < self.config.drop_caption
-        if dropped or (room is not None and len(ids) > room):
-            ids = []
-        room = len(ids) if room is None else room
-        instead = (lambda: self(number, attempt + 1, room)) if attempt < 100 else None
-        max_t = self.timesteps if caption_first else min(self.config.image_first_max_t, self.timesteps)
-        picture = Picture(load, max_t, instead)
-        return [ids, picture] if caption_first else [picture, ids]
+        if order >= self.config.caption_first:
+            return [Picture(load, min(self.config.image_first_max_t, self.timesteps)), ids]
+        return [[] if drop < self.config.drop_caption else ids, Picture(load, self.timesteps)]
 
     def name(self, number):
         """What messages call it."""
@@ -219,7 +187,7 @@ class Stream:
     Packing looks at lengths only; `collate` loads the images.
     state: {row: [next document, waiting documents]} of my rows. The states of all processes, merged, can be
     loaded by any number of processes.
-    skipped: counts documents, and those longer than a row; without it the latter raise ValueError.
+    skipped: counts documents that are longer than a row (extras/sources.py); without it they raise ValueError.
     """
 
     LOOK_AHEAD = 16  # documents that wait for each row
@@ -229,7 +197,7 @@ class Stream:
         self.made = lru_cache(maxsize=1024)(document)  # asked for first for its length, then for itself
         self.mine = list(range(rows) if mine is None else mine)
         self.state = {r: [r, []] for r in self.mine}
-        self.skipped, self.too_long = skipped, set()
+        self.skipped = skipped
 
     def load_state(self, state):
         """Go on from a state, of my rows and perhaps others. Raises ValueError if my rows are not in it."""
@@ -242,19 +210,13 @@ class Stream:
         return document_length(self.made(i), self.n_patches)
 
     def _fits(self, i):
-        """Is document i short enough for a row? If not, that is counted once for all epochs."""
-        length, name = self._length(i), self.document.name(i)
-        messages = []
-        if length > self.seq_len and name not in self.too_long:
-            self.too_long.add(name)
-            taken = f"{name} takes {length} positions and seq_len is {self.seq_len}"
-            messages = [f"{taken}; raise --seq_len or shorten its caption"]
-            if len(self.too_long) == self.document.n_pairs:
-                raise ValueError(f"all {self.document.n_pairs} pairs of a split are too long: {messages[0]}")
-            if not self.skipped:
-                raise ValueError(messages[0])
-        if self.skipped and (messages or length <= self.seq_len):
-            self.skipped.count(1, messages)
+        """Is document i short enough for a row?"""
+        length = self._length(i)
+        if self.skipped:
+            self.skipped.count_document(self.document, i, length, self.seq_len)
+        elif length > self.seq_len:
+            taken = f"{self.document.name(i)} takes {length} positions"
+            raise ValueError(f"{taken} and seq_len is {self.seq_len}; raise --seq_len or shorten its caption")
         return length <= self.seq_len
 
     def numbers(self, r):
@@ -281,98 +243,6 @@ class Stream:
         return [[self.made(i) for i in self.numbers(r)] for r in self.mine]
 
 
-# ---- Loading -------------------------------------------------------------------------------------
-
-
-class Loader:
-    """The batches of a stream, in order, `batch_rows` rows at a time (default: all of a step).
-
-    workers: processes that load images ahead of need; 0 = none. Batches are the same either way.
-    state: where the stream stands after the batches handed out; to go on from there: `stream.load_state`,
-    then `next`.
-    skipped: counts the images that could not be read; without it they raise ValueError. OSError if a
-    worker dies.
-    """
-
-    def __init__(self, stream, tokenizer, workers=0, batch_rows=None, skipped=None):
-        self.stream, self.skipped = stream, skipped
-        self.batch_rows = batch_rows or len(stream.mine)
-        workers = min(workers, os.cpu_count() or 1)
-        make = stream.document if workers else stream.made
-        self._batches, self._states = None, deque()  # the states after the batches that are on their way
-        dataset = BatchDataset(make, tokenizer, stream.seq_len, stream.n_patches, skipped is None)
-        self._loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=pack(stream, self.batch_rows, self._states),
-            num_workers=workers,
-            worker_init_fn=leave_signals,
-            generator=torch.Generator(),
-        )
-
-    @property
-    def state(self):
-        """The stream's state after the last batch that was handed out."""
-        return dict(self.stream.state) if self._batches is None else self._state
-
-    def __next__(self):
-        """The next Batch."""
-        if self._batches is None:
-            self._state = self.state
-            self._batches = iter(self._loader)
-        try:
-            batch, errors = next(self._batches)
-        except (RuntimeError, EOFError, OSError) as error:
-            died = f"a process that loads pictures has died ({error})"
-            raise OSError(f"{died}; out of memory, perhaps: try fewer --workers") from None
-        if isinstance(batch, Exception):
-            raise batch
-        self._state = self._states.popleft()
-        if self.skipped:
-            self.skipped.count(len(batch.images) + len(errors), errors)
-        return batch
-
-
-def pack(stream, batch_rows, states):
-    """Yield each batch's document numbers, row by row, for ever; append the stream's state to `states`."""
-    while True:
-        for i in range(0, len(stream.mine), batch_rows):
-            rows = [stream.numbers(r) for r in stream.mine[i : i + batch_rows]]
-            states.append(dict(stream.state))
-            yield rows
-
-
-@dataclass
-class BatchDataset:
-    """What DataLoader's workers index: the documents' numbers, row by row -> their batch."""
-
-    document: Callable
-    tokenizer: Tokenizer
-    seq_len: int
-    n_patches: int
-    strict: bool  # raise what is wrong with an image, rather than let another document stand in
-
-    def __getitem__(self, rows):
-        """Numbers of documents, row by row -> (Batch, reasons why images could not be read).
-
-        A fatal error is returned, not raised: a worker would print a traceback.
-        """
-        errors = None if self.strict else []
-        rows = [[self.document(i) for i in row] for row in rows]
-        try:
-            return collate(rows, self.tokenizer, self.seq_len, self.n_patches, errors), errors or []
-        except (ValueError, OSError) as error:
-            return error, []
-
-
-def leave_signals(worker):
-    """In a worker: Ctrl-C is for the training process, which ends its workers and says what is to be said."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *error: (
-        None
-    )  # of the thread that hands tensors over, when nobody takes them any more
-
-
 if __name__ == "__main__":
     from extras.scenes import Scenes
     from extras.tokenizers import BPETokenizer
@@ -380,7 +250,8 @@ if __name__ == "__main__":
     scenes, config = Scenes(), DataConfig(image_size=32, seq_len=128)
     tokenizer = BPETokenizer.learn([scenes.pair(i)[0] for i in range(2000)], 512)
     documents = PairDocuments(scenes, tokenizer, config)
-    batch = next(Loader(Stream(documents, config.seq_len, rows=8, n_patches=16), tokenizer))
+    rows = next(Stream(documents, config.seq_len, rows=8, n_patches=16))
+    batch = collate(rows, tokenizer, config.seq_len, n_patches=16)
     print(f"vocabulary {tokenizer.vocab_size}; one batch: {len(batch.images)} images")
     names = {tokenizer.bos: "<BOS>", tokenizer.boi: "<BOI>", tokenizer.eoi: "<EOI>", tokenizer.pad: "#"}
     row = batch.tokens[(batch.image_id >= 0).sum(1).argmax()].tolist()

@@ -37,11 +37,12 @@ from tqdm import tqdm
 
 import extras
 from attention_mask import PADDING, transfusion_mask
-from data import NO_LOSS, DataConfig, Loader, Stream
+from data import NO_LOSS, DataConfig, Stream
 from diffusion import DDPM, DiffusionConfig, SamplingConfig
 from evaluate import evaluate, format_scores
 from extras import Choices, cli, costs, machine, runs, show, sources
 from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
+from extras.loader import Loader
 from extras.logs import Log, import_wandb
 from extras.parallel import join, total
 from model import SIZES, TransfusionConfig

@@ -110,10 +110,10 @@ class WithText:
     def _text(self, number):
         return [self.text.ids(number)]
 
-    def __call__(self, index):
-        """Document `index`: a list of segments."""
+    def __call__(self, index, *attempt):
+        """Document `index`: a list of segments. attempt: as data.PairDocuments takes it."""
         which, number = interleave(index, self.weights, self.seed)
-        return self.kinds[which](number)
+        return self.kinds[which](number, *attempt)
 
     def name(self, index):
         """What messages call document `index`."""
@@ -138,12 +138,25 @@ class Skipped:
 
     def __init__(self, what, max_broken):
         self.what, self.max_broken = what, max_broken
-        self.seen, self.named = 0, set()
+        self.seen, self.named, self.too_long = 0, set(), set()
 
     @property
     def skipped(self):
         """How many different things were left out."""
         return len(self.named)
+
+    def count_document(self, documents, number, length, seq_len):
+        """A document of `length` positions; left out, once for all epochs, if it is longer than a row."""
+        name = documents.name(number)
+        if length <= seq_len:
+            self.count(1)
+        elif name not in self.too_long:
+            self.too_long.add(name)
+            taken = f"{name} takes {length} positions and seq_len is {seq_len}"
+            message = f"{taken}; raise --seq_len or shorten its caption"
+            if len(self.too_long) == documents.n_pairs:
+                raise ValueError(f"all {documents.n_pairs} pairs of a split are too long: {message}")
+            self.count(1, [message])
 
     def count(self, seen, messages=()):
         """`seen` more things, of which those that `messages` name were left out."""

@@ -26,7 +26,8 @@ from conftest import ROOT, TINY, divide, flags, run_here
 from PIL import Image
 
 import data
-from data import BatchDataset, DataConfig, Loader, PairDocuments, Picture, Stream, Tokenizer
+from data import DataConfig, PairDocuments, Picture, Stream, Tokenizer
+from extras.loader import BatchDataset, Loader
 from extras import Choices, open_pairs, open_text, open_tokenizer, pairs, restore_tokenizer
 from extras.pairs import Pairs, load_image
 from extras.scenes import Scenes
@@ -482,12 +483,19 @@ def test_the_place_is_never_too_small(tmp_path):
     path = folder_with(tmp_path / "data", {i for i in range(0, 120, 3)})
     config = configured(data=str(path), seq_len=96, max_broken=1.0, text_fraction=0.0)
     documents = PairDocuments(open_pairs(config), BYTES, config.data)
+
+    def broken(document):
+        try:
+            return [part.load() for part in document if isinstance(part, Picture)] == []
+        except ValueError:
+            return True
+
     for i in range(200):
         document, errors = documents(i), []
-        final, pixels = data.load_images(document, errors)
-        assert len(pixels) == 1 and data.document_length(final, 16) <= data.document_length(document, 16)
+        final = BatchDataset(documents, BYTES, 96, 16, strict=False).loaded(i, errors)
+        assert sum(isinstance(part, Picture) for part in final) == 1 and data.document_length(final, 16) <= data.document_length(document, 16)
         order = lambda d: [isinstance(s, Picture) for s in d]
-        assert order(final) == order(document) and bool(errors) == (final is not document)
+        assert order(final) == order(document) and bool(errors) == broken(document)
 
 
 def test_too_many_broken_pictures_stop_training(tmp_path):
