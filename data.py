@@ -187,7 +187,7 @@ class Stream:
     Packing looks at lengths only; `collate` loads the images.
     state: {row: [next document, waiting documents]} of my rows. The states of all processes, merged, can be
     loaded by any number of processes.
-    skipped: counts documents that are longer than a row (extras/sources.py); without it they raise ValueError.
+    skipped: counts the documents longer than a row (extras/sources.py); without it they raise ValueError.
     """
 
     LOOK_AHEAD = 16  # documents that wait for each row

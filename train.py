@@ -19,7 +19,7 @@ import json
 import math
 import os
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import extras
@@ -41,12 +40,13 @@ from data import NO_LOSS, DataConfig, Stream
 from diffusion import DDPM, DiffusionConfig, SamplingConfig
 from evaluate import evaluate, format_scores
 from extras import Choices, cli, costs, machine, runs, show, sources
+from extras.average import Average
 from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
 from extras.loader import Loader
 from extras.logs import Log, import_wandb
-from extras.parallel import join, total
+from extras.parallel import join, synchronise, total, wrap
 from model import SIZES, TransfusionConfig
-from sample import Trained, generate, load
+from sample import Trained, load
 from vae import VAEConfig
 
 # ---- The recipes ---------------------------------------------------------------------------------
@@ -259,38 +259,6 @@ def make_optimizers(model, config, undecayed=()):
     return optimizers
 
 
-class Average:
-    """An exponential moving average of a model's weights; of this process's shards, where they are shared."""
-
-    def __init__(self, model):
-        self.model = model
-        self.current = [p.to_local() if hasattr(p, "to_local") else p.data for p in model.parameters()]
-        self.weights = [p.clone() for p in self.current]
-
-    @torch.no_grad()
-    def update(self, decay):
-        """Move by a share 1 - decay towards the current weights."""
-        torch._foreach_lerp_(self.weights, self.current, 1 - decay)
-
-    @contextmanager
-    def applied(self):
-        """While it is entered, the model's weights are the averaged ones."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-            if hasattr(self.model, "reshard"):  # FSDP2 keeps what was gathered last, the averaged weights
-                self.model.reshard()
-
-    @torch.no_grad()
-    def _swap(self):
-        for p, average in zip(self.current, self.weights):
-            before = p.clone()
-            p.copy_(average)
-            average.copy_(before)
-
-
 def train_step(run):
     """Take one optimiser step -> log values; `fill` is the share of positions that are not padding."""
     config, objective = run.config, run.objective
@@ -305,7 +273,7 @@ def train_step(run):
     targets, images = (max(1.0, n) for n in total([sum(each) for each in counts], run.device))
     lm, ddpm = 0.0, 0.0
     for n, (batch, rows) in enumerate(micro_batches):
-        synchronise(run, last=n == len(micro_batches) - 1)
+        synchronise(run.parallel, run.ranks, last=n == len(micro_batches) - 1)
         text_sum, image_sum = objective.sums(run.parallel, batch, rows, (1, run.step))
         text, image = text_sum / targets, image_sum / images
         loss = text + config.lambda_ddpm * image  # eq. 4
@@ -328,14 +296,6 @@ def train_step(run):
     run.step += 1
     values = {name: value for name, value in (("lm", lm), ("ddpm", ddpm)) if name in objective.NAMES}
     return values | dict(norm=norm, lr=rate, fill=filled / (config.rows * config.data.seq_len), flops=flops)
-
-
-def synchronise(run, last):
-    """Gradients travel between the processes in the last micro-batch of a step only."""
-    if isinstance(run.parallel, DistributedDataParallel):
-        run.parallel.require_backward_grad_sync = last
-    elif run.ranks > 1:
-        run.parallel.set_requires_gradient_sync(last)
 
 
 @torch.no_grad()
@@ -410,21 +370,6 @@ def set_up(config, resume=False):
     return run
 
 
-def wrap(run, bf16, compiled):
-    """Compile the blocks, and make the model one of several -> what is to be called in training."""
-    model, config = run.model, run.config
-    if config.checkpoint_activations:
-        extras.room("parallel").checkpoint_activations(model)
-    if compiled:
-        for block in model.blocks:
-            block.compile()
-    if run.ranks > 1 and config.fsdp:  # the processes share one copy of the weights
-        extras.room("parallel").share_weights(model, run.device, config.shard, bf16)
-    elif run.ranks > 1:  # each has a copy, and gradients are averaged; the buffers are constants
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    return model
-
-
 # ---- What is kept --------------------------------------------------------------------------------
 
 
@@ -442,12 +387,7 @@ def draw_samples(run, name, n=12):
     """A sheet of images for held-out captions, edits or stories, as a PNG in the run's folder."""
     model = trained(run)
     if model:
-        config, pairs = run.config, extras.open_pairs(run.config, "held_out", run.config.seed)
-        if config.extra.documents == "pairs":
-            numbers = sources.fitting(pairs, n, run.tokenizer, config.data.seq_len, config.model.n_patches)
-            documents = generate(model, [[pairs.captions(i)[0]] for i in numbers], max_tokens=0)
-        else:
-            documents = extras.room("stories").tell(model, [pairs.example(i) for i in range(n)], generate)
+        documents = extras.draw_held_out(model, run.config.seed, n)
         images, texts = zip(*itertools.chain(*map(show.captioned, documents)))
         show.contact_sheet(images, texts, columns=6).save(run.out / name)
 

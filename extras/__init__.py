@@ -386,6 +386,16 @@ def generate(trained, documents, seeds=None, **settings):
     return room("engine").generate(trained, documents, seeds, engine=engine_of(trained), **settings)
 
 
+def draw_held_out(trained, seed, n):
+    """Have n images drawn for held-out captions, or n held-out edits or stories -> documents."""
+    pairs = open_pairs(trained, "held_out", seed)
+    if trained.extra.documents != "pairs":
+        return room("stories").tell(trained, [pairs.example(i) for i in range(n)], generate)
+    sizes = trained.data.seq_len, trained.model.config.n_patches
+    numbers = sources.fitting(pairs, n, trained.tokenizer, *sizes)
+    return generate(trained, [[pairs.captions(i)[0]] for i in numbers], max_tokens=0)
+
+
 def measures(trained, inception="", clip=""):
     """What evaluation needs: the splits, the metrics, and for edits and stories their own scorer instead."""
     extra, device = trained.extra, next(trained.model.parameters()).device

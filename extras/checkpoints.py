@@ -6,34 +6,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as states
 
 from extras import cli, runs
+from extras.average import Average
 from extras.machine import say
 from extras.parallel import seen_by_all
 
 FULL = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered in the first process
 # With --resume the first may not change; the second may without a word, for they make no other model.
-MUST_MATCH = {
-    "seed",
-    "rows",
-    "optimizer",
-    "freeze_text",
-    "images",
-    "patch_encoder",
-    "unet_channels",
-    "unet_blocks",
-    "unet_norm",
-}
-MUST_MATCH |= {"post_norm", "data", "text", "tokenizer", "merges", "grammar", "documents", "latents"}
-MAY_DIFFER = {
-    "out",
-    "device",
-    "vae",
-    "init_from",
-    "micro_rows",
-    "compile",
-    "attention",
-    "checkpoint_activations",
-}
-MAY_DIFFER |= {"fsdp", "shard", "log_every", "wandb", "workers", "cache", "max_broken"}
+MUST_MATCH = (
+    "seed rows optimizer freeze_text images patch_encoder unet_channels unet_blocks unet_norm".split()
+)
+MUST_MATCH += "post_norm data text tokenizer merges grammar documents latents".split()
+MAY_DIFFER = "out device vae init_from micro_rows compile attention checkpoint_activations".split()
+MAY_DIFFER += "fsdp shard log_every wandb workers cache max_broken".split()
 
 
 def averaged_weights(run):
@@ -72,7 +56,7 @@ def restore(run, state):
     """Go on where a checkpoint was written. Raises ValueError if its options make another model."""
     before, now = cli.flat(cli.make(type(run.config), state["config"], run.checkpoint)), cli.flat(run.config)
     changed = [name for name in now if now[name] != before[name] and name not in MAY_DIFFER]
-    settled = MUST_MATCH | set(cli.flat(run.config, ("model", "data", "diffusion")))
+    settled = MUST_MATCH + list(cli.flat(run.config, ("model", "data", "diffusion")))
     for name in changed:
         if name in settled:
             was = f"was trained with {name} {before[name]}, not {now[name]}"
@@ -82,9 +66,7 @@ def restore(run, state):
         say(run, f"--resume: changed from here on: {notes}")
     options = states.StateDictOptions(full_state_dict=True)
     states.set_model_state_dict(run.model, state["ema"], options=options)
-    run.average = type(run.average)(
-        run.model
-    )  # which copies what the model has: so the averaged weights go first
+    run.average = Average(run.model)  # of the averaged weights, which go first for its sake
     states.set_model_state_dict(run.model, state["model"], options=options)
     states.set_optimizer_state_dict(run.model, run.optimizers, state["optimizer"], options=options)
     run.loader.stream.load_state(state["stream"])

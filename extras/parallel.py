@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -64,7 +65,25 @@ def share_weights(model, device, shard=0, bf16=False):
         fully_shard(part, mesh=mesh["shards"] if ranks == shard else mesh, mp_policy=policy)
 
 
-def checkpoint_activations(model):
-    """Have every block keep its input only, and run again in the backward pass; before `share_weights`."""
-    for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+def wrap(run, bf16, compiled):
+    """Compile the blocks, and make the model one of several -> what is to be called in training."""
+    model, config = run.model, run.config
+    if config.checkpoint_activations:  # every block keeps its input only, and runs again in the backward pass
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if compiled:
+        for block in model.blocks:
+            block.compile()
+    if run.ranks > 1 and config.fsdp:  # the processes share one copy of the weights
+        share_weights(model, run.device, config.shard, bf16)
+    elif run.ranks > 1:  # each has a copy, and gradients are averaged; the buffers are constants
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return model
+
+
+def synchronise(model, ranks, last):
+    """Let gradients travel between the processes in the last micro-batch of a step only."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = last
+    elif ranks > 1:
+        model.set_requires_gradient_sync(last)

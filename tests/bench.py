@@ -42,8 +42,9 @@ from extras import engine, generate
 from extras.costs import batch_flops, peak_flops
 from extras.machine import machine
 from extras.pairs import Pairs, load_image
+from extras.parallel import wrap
 from model import SIZES, Transfusion, TransfusionConfig, rope_table, rotate
-from train import Config, losses, wrap
+from train import Config, losses
 
 
 def alternate(functions, repeats, warm_up=1):
