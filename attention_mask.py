@@ -78,11 +78,8 @@ if __name__ == "__main__":
     mask = transfusion_mask(image_id, doc_id)[0, 0]
     for name, row in zip(names, mask):
         print(f"{name:>4} " + " ".join("■" if allowed else "·" for allowed in row))
-    picture = torch.full((*mask.shape, 3), 238, dtype=torch.uint8)
-    picture[mask] = torch.tensor([60, 60, 70], dtype=torch.uint8)  # dark grey
-    picture[mask & (image_id[0] != TEXT)[:, None]] = torch.tensor(
-        [66, 120, 220], dtype=torch.uint8
-    )  # rows of patches in blue
+    colours = torch.tensor([[238, 238, 238], [60, 60, 70], [66, 120, 220]], dtype=torch.uint8)
+    picture = colours[mask.long() * (1 + (image_id[0] != TEXT).long()[:, None])]  # rows of patches are blue
     cells = picture.repeat_interleave(24, 0).repeat_interleave(24, 1).numpy()
     cells[::24], cells[:, ::24] = 255, 255  # a white grid between the cells
     Image.fromarray(cells).save("attention_mask.png")

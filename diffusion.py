@@ -213,14 +213,12 @@ if __name__ == "__main__":
 
     ddpm = DDPM()
     print("   t   abar_t   alpha_t  sigma_t   log10 SNR")
-    shown = [0, 1, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]
-    for t in shown:
-        alpha, sigma = ddpm.alpha[t].item(), ddpm.sigma[t].item()
-        snr = f"{2 * math.log10(alpha / sigma):9.2f}" if sigma else "      inf"
-        print(f"{t:4d}  {alpha**2:.5f}   {alpha:.5f}  {sigma:.5f}  {snr}")
+    shown = torch.tensor([0, 1, 50, *range(100, 1001, 100)])
+    for t in shown.tolist():
+        abar, alpha, sigma = ddpm.alphas_cumprod[t], ddpm.alpha[t], ddpm.sigma[t]
+        print(f"{t:4d}  {abar:.5f}   {alpha:.5f}  {sigma:.5f}  {2 * (alpha / sigma).log10():9.2f}")
     pixels = torch.from_numpy(Scenes("places", 32).example(0).render()).float() / 127.5 - 1  # (H, W, 3)
-    x_0 = pixels.expand(len(shown), -1, -1, -1)
-    x_t = ddpm.q_sample(x_0, torch.tensor(shown), torch.randn(pixels.shape).expand_as(x_0))
-    strip = torch.cat(list(((x_t.clamp(-1, 1) + 1) * 127.5).byte()), dim=1)  # (H, 13 W, 3)
+    x_t = ddpm.q_sample(pixels.expand(len(shown), -1, -1, -1), shown, torch.randn(pixels.shape))
+    strip = torch.cat([*((x_t.clamp(-1, 1) + 1) * 127.5).byte()], dim=1)  # (H, 13 W, 3)
     Image.fromarray(strip.repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()).save("diffusion.png")
     print("wrote diffusion.png: one image at these t, left to right")

@@ -26,6 +26,7 @@ import extras
 from attention_mask import transfusion_mask
 from data import NO_LOSS, collate
 from extras import cli, runs, sources
+from extras.scores import format_scores
 from sample import generate, load
 
 
@@ -120,44 +121,6 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", cl
             pairs = extras.open_pairs(trained, split, seed)
             scores["splits"][split] = score_split(trained, pairs, judged, seed, metrics, generate)
     return scores
-
-
-NAMES = {"cider": "CIDEr-D of the captions", "fid": "FID", "clip_score": "CLIP score"}
-NAMES |= {"latent_frechet_distance": "Frechet distance of latents (not FID)"}
-
-
-def format_scores(scores):
-    """The scores as a table to print."""
-    rows = {}  # (split, what) -> {aspect: share}
-    for split, found in scores["splits"].items():
-        shares = {what: found[what] for what in ("prompts", "captions") if what in found}
-        shares |= found.get("changes", {})
-        rows |= {(split.replace("_", " "), what): {"n": found["n"]} | each for what, each in shares.items()}
-    named = dict.fromkeys(aspect for each in rows.values() for aspect in each)  # in order, once
-    aspects = [aspect for aspect in named if aspect not in ("n", "all")]
-    head = f"{'':24}{'right':>8}" + "".join(f"{aspect:>10}" for aspect in aspects)
-    lines = [head + "     (% of those judged)"]
-    for (split, what), each in rows.items():
-        cells = "".join(f"{100 * each[aspect]:10.1f}" for aspect in aspects if aspect in each)
-        lines.append(f"{f'{split}, {what}':24}{100 * each['all']:8.1f}{cells}     n = {each['n']}")
-    for split, found in scores["splits"].items():
-        split = f"{split.replace('_', ' '):24}"
-        if "perplexity_per_token" in found:
-            per_token, per_byte = found["perplexity_per_token"], found["perplexity_per_byte"]
-            lines.append(f"{split}text perplexity {per_token:.3f} per token, {per_byte:.3f} per byte")
-        lines += [
-            f"{split}{name} {found[key]:.3f}     n = {found['n']}"
-            for key, name in NAMES.items()
-            if key in found
-        ]
-    if "cider" in found:
-        how_to_get = extras.room("metrics").HOW_TO_GET
-        lines += [f"no {NAMES[key]}: {how}" for key, how in how_to_get.items() if key not in found]
-    if "text" in scores:
-        of = scores["text"]
-        per = f"{of['perplexity_per_token']:.3f} per token, {of['perplexity_per_byte']:.3f} per byte"
-        lines.append(f"{of['path']}: text perplexity {per}")
-    return "\n".join(lines)
 
 
 def main(argv=None):

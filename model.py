@@ -115,9 +115,7 @@ def rope_table(positions, head_dim, theta, scaling=()):
         kept = ((length * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions[:, None, :, None].float() * frequencies
-    angles = torch.cat(
-        [angles, angles], dim=-1
-    )  # Llama's layout: component i turns with component i + head_dim / 2
+    angles = torch.cat([angles, angles], dim=-1)  # Llama's layout: i turns with i + head_dim / 2
     return angles.cos(), angles.sin()
 
 
@@ -259,33 +257,25 @@ class Transfusion(nn.Module):
         self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)  # untied from the embedding
-        self.apply(self._init)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         # 2 n_layers outputs are added to the residual stream: its variance shall not grow with depth (GPT-2).
         for layer in self.blocks:
             for linear in (layer.attention.out, layer.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * config.n_layers))
-
-    @staticmethod
-    def _init(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
     def embed(self, tokens, image_id, x_t, t):
         """Tokens and noised images -> the blocks' input (B, S, dim), the patches' slots, `kept` for `decode`.
 
         Slots: (N P,) indices into the flattened B S positions, in reading order.
         """
-        h = self.embedding(
-            tokens
-        ).float()  # (B, S, dim): the residual stream is float32, whatever the weights are
-        is_patch = image_id >= 0  # (B, S)
-        # A stable sort brings the patches to the front in reading order. Unlike boolean indexing, its
-        # shape is known ahead.
-        slots = torch.argsort(~is_patch.flatten(), stable=True)[
-            : x_t.shape[0] * self.config.n_patches
-        ]  # (N P,)
+        h = self.embedding(tokens).float()  # (B, S, dim): the residual stream is float32, always
+        # A stable sort puts the patches first, in reading order. (Boolean indexing has no shape known ahead.)
+        text_last = torch.argsort(image_id.flatten() < 0, stable=True)  # (B S,)
+        slots = text_last[: len(x_t) * self.config.n_patches]  # (N P,)
         patches, kept = self.patches.encode(x_t, t)  # (N, P, dim)
         h = h.flatten(0, 1).index_copy(0, slots, patches.to(h.dtype).flatten(0, 1)).view_as(h)  # (B, S, dim)
         return h, slots, kept

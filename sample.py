@@ -185,9 +185,9 @@ def main(argv=None):
     cli.add_sampling(parser)
     add("--eta", type=float, help="noise that ddim adds, 0 to 1 (default 0)")
     add("--temperature", type=float, help="of the text; 0 = greedy (default: 0 after a prompt, else 1)")
-    add("--top_k", type=int, default=0, help="sample text among the k likeliest tokens; 0 = all")
-    add("--top_p", type=float, default=1.0, help="sample text among the likeliest that have this probability")
-    add("--max_tokens", type=int, default=64, help="at most so much new text per document (default 64)")
+    add("--top_k", type=int, help="sample text among the k likeliest tokens; 0 = all")
+    add("--top_p", type=float, help="sample text among the likeliest that have this probability")
+    add("--max_tokens", type=int, help="at most so much new text per document (default 64)")
     add("--max_images", type=int, help="at most so many new images per document (default 1; 0 for captions)")
     add("--max_batch", type=int, default=64, help="documents in work at a time (default 64)")
     add("--out", default="out/samples", help="folder for the images (default out/samples)")
@@ -204,8 +204,10 @@ def main(argv=None):
         extras.room("weights").export(trained, args.export)
         return print(f"wrote {args.export}: config.json, model.safetensors, vae.safetensors")
 
-    side = trained.data.image_size
-    image = [Image.fromarray(extras.room("pairs").load_image(args.image, side))] if args.image else []
+    image = []
+    if args.image:
+        pixels = extras.room("pairs").load_image(args.image, trained.data.image_size)
+        image = [Image.fromarray(pixels)]
     prompts = [[*image, text] for text in texts] or [image]
     num = (4 if texts else 1 if image else 8) if args.num is None else args.num
     if num < 1:
@@ -214,14 +216,10 @@ def main(argv=None):
     seeds = [args.seed + n for _ in prompts for n in range(num)]
     drawing = bool(texts) and not args.free
     engine = extras.engine_of(trained)
-    settings = engine.defaults(trained) | cli.given_sampling(args) | dict(top_k=args.top_k, top_p=args.top_p)
-    if args.eta is not None:
-        settings["eta"] = args.eta
-    usual = 0.0 if texts or image else 1.0
-    settings["temperature"] = usual if args.temperature is None else args.temperature
-    max_images = (0 if image and not texts else 1) if args.max_images is None else args.max_images
-    max_tokens = 0 if drawing and max_images == 1 else args.max_tokens
-    settings |= dict(max_images=max_images, max_tokens=max_tokens)
+    settings = engine.defaults(trained) | dict(top_k=0, top_p=1.0, temperature=0.0 if prompts[0] else 1.0)
+    settings |= dict(max_images=0 if image and not texts else 1, max_tokens=64) | cli.given_sampling(args)
+    if drawing and settings["max_images"] == 1:
+        settings["max_tokens"] = 0
     prefix = " ".join(["0:", *texts, ""]) if len(documents) == 1 else None
     terminal = show.Terminal(engine.count_steps(trained, settings), args.gif, prefix)
     calls = dict(on_text=terminal.on_text, on_step=terminal.on_step)

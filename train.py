@@ -38,13 +38,14 @@ import extras
 from attention_mask import PADDING, transfusion_mask
 from data import NO_LOSS, DataConfig, Stream
 from diffusion import DDPM, DiffusionConfig, SamplingConfig
-from evaluate import evaluate, format_scores
+from evaluate import evaluate
 from extras import Choices, cli, costs, machine, runs, show, sources
 from extras.average import Average
 from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
 from extras.loader import Loader
 from extras.logs import Log, import_wandb
 from extras.parallel import join, synchronise, total, wrap
+from extras.scores import format_scores
 from model import SIZES, TransfusionConfig
 from sample import Trained, load
 from vae import VAEConfig

@@ -193,8 +193,9 @@ def add_sampling(parser):
 
 
 def given_sampling(args):
-    """Those of them that were given."""
-    return {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    """Those of the settings of `generate` that were given."""
+    names = [*SAMPLING, "eta", "temperature", "top_k", "top_p", "max_tokens", "max_images"]
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def pick_device(name):

@@ -15,11 +15,12 @@ from PIL import Image
 import evaluate as evaluate_module
 import extras
 from data import Tokenizer
-from evaluate import draw, evaluate, format_scores, perplexity
+from evaluate import draw, evaluate, perplexity
 from extras.judge import ASPECTS, components, exact, judge, parse_caption, read_scene
 from extras.metrics import cider, clip_metric, frechet_distance, inception_features, latent_features, words
 from extras.pairs import Pairs
 from extras.scenes import BACKGROUNDS, COLOURS, GRAMMARS, PLACES, RELATIONS, Scenes
+from extras.scores import format_scores
 from extras.text import read_texts
 from extras.tokenizers import BPETokenizer
 

@@ -14,11 +14,12 @@ from conftest import TINY, divide, flags, run_here, tiny_model, tiny_trained
 from PIL import Image
 
 from data import NO_LOSS, DataConfig, Picture, Tokenizer, collate
-from evaluate import evaluate, format_scores
+from evaluate import evaluate
 from extras import Choices, open_pairs
 from extras.judge import judge
 from extras.runs import load_checkpoint
 from extras.scenes import COLOURS, GRAMMARS, NEVER_SEEN, PLACES, Scenes, Shape, held_out_combination, split_of
+from extras.scores import format_scores
 from extras.show import captioned
 from extras.stories import Stories, StoryDocuments, judge_change, own_story_accuracy, story_accuracy, tell
 from train import losses, parse, set_up, train_step
