@@ -36,14 +36,14 @@ from tqdm import tqdm
 
 import extras
 from attention_mask import PADDING, transfusion_mask
-from data import NO_LOSS, DataConfig, Stream
+from data import NO_LOSS, DataConfig
 from diffusion import DDPM, DiffusionConfig, SamplingConfig
 from evaluate import evaluate
-from extras import Choices, cli, costs, machine, runs, show, sources
+from extras import Choices, cli, costs, machine, runs, show
 from extras.average import Average
 from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
-from extras.loader import Loader
 from extras.logs import Log, import_wandb
+from extras.optimizers import make_optimizers
 from extras.parallel import join, synchronise, total, wrap
 from extras.scores import format_scores
 from model import SIZES, TransfusionConfig
@@ -201,9 +201,7 @@ class Objective:
         of_posterior, t, eps = (torch.cat(parts) for parts in zip(*draws))
         if not len(eps):
             return batch, eps, t, eps
-        encoded = (
-            self.config.extra.latents
-        )  # once, ahead: what comes is the posterior's mean and log-variance
+        encoded = self.config.extra.latents  # ahead: then `images` are means and log-variances
         posterior = batch.images.chunk(2, dim=1) if encoded else self.vae.posterior(batch.images)
         x_0 = self.vae.to_latents(*posterior, of_posterior)
         return replace(batch, images=x_0.new_empty(0)), x_0, t, eps
@@ -238,26 +236,6 @@ def learning_rate(config, step):
     progress = max(0.0, (step - config.warmup) / max(1, config.max_steps - config.warmup))
     cosine = config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
     return cosine * min(1.0, (step + 1) / config.warmup)
-
-
-def make_optimizers(model, config, undecayed=()):
-    """AdamW, with weight decay on matrices only; for optimizer="muon" also Muon, for the blocks' matrices.
-
-    Muon makes an update orthogonal, which learns faster per step, and scales it to AdamW's size.
-    """
-    in_blocks = {id(p) for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    by_muon = [p for p in parameters if id(p) in in_blocks]
-    by_adam = [p for p in parameters if id(p) not in in_blocks]
-    decayed = [p for p in by_adam if p.ndim >= 2 and not any(p is q for q in undecayed)]
-    others = [p for p in by_adam if p.ndim < 2 or any(p is q for q in undecayed)]
-    groups = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
-    betas = config.beta1, config.beta2
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=True)]
-    if by_muon:
-        scaled = dict(weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(torch.optim.Muon(by_muon, lr=config.lr, **scaled))
-    return optimizers
 
 
 def train_step(run):
@@ -318,17 +296,6 @@ def validate(run):
 # ---- Set-up --------------------------------------------------------------------------------------
 
 
-def open_loader(run, split, workers):
-    """This process's share of a split: every `ranks`-th row of a step."""
-    config, n_patches = run.config, run.config.model.n_patches
-    documents = extras.open_documents(config, run.tokenizer, n_patches, split)
-    seq_len, max_broken = config.data.seq_len, config.data.max_broken
-    too_long = sources.Skipped(f"documents (with --seq_len {seq_len})", max_broken)
-    mine = range(run.rank, config.rows, run.ranks)
-    stream = Stream(documents, seq_len, config.rows, n_patches, mine, too_long)
-    return Loader(stream, run.tokenizer, workers, config.micro_rows, sources.Skipped("pictures", max_broken))
-
-
 def set_up(config, resume=False):
     """A run, one in each process: its data, its models, its optimiser, and where it stands."""
     rank, ranks, device = join(cli.pick_device(config.device))
@@ -357,10 +324,10 @@ def set_up(config, resume=False):
     run.objective = kind(config, run.vae, run.ddpm, run.tokenizer, mask, device, autocast)
 
     # The data. Validation batches have the shape of training's, so that nothing is compiled anew.
-    run.loader = open_loader(run, "train", config.data.workers)
+    run.loader = extras.open_loader(run, "train", config.data.workers)
     mine, n = run.loader.stream.mine, run.loader.batch_rows
     run.micro_rows = [mine[i : i + n] for i in range(0, len(mine), n)]
-    held_out, run.validation, images = open_loader(run, "held_out", 0), [], 0
+    held_out, run.validation, images = extras.open_loader(run, "held_out", 0), [], 0
     while images < config.eval_documents:
         run.validation.append(next(held_out))
         # Images of all processes are counted, so all stop together. A text-only batch counts as one.

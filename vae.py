@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+SAVE_EVERY = 5000  # steps
+
 
 @dataclass
 class VAEConfig:
@@ -55,19 +57,21 @@ class VAEConfig:
         """Pixels per latent pixel, a side."""
         return self.unshuffle * 2 ** (len(self.channel_multiples) - 1)
 
+    def norm(self, channels):
+        """A group norm. Raises ValueError if norm_groups does not divide the channels."""
+        groups = self.norm_groups or min(32, channels // 4)
+        if channels % groups:
+            raise ValueError(f"norm_groups is {groups}; it must divide the channels, {channels}")
+        return nn.GroupNorm(groups, channels, eps=1e-6)
+
 
 # ---- The network ---------------------------------------------------------------------------------
 
 
-def norm(channels):
-    """Group norm with latent diffusion's 32 groups, fewer where there are fewer channels."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
-
-
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions, each after norm and SiLU, beside a skip connection."""
+    """Two 3x3 convolutions, each after a norm and SiLU, beside a skip connection."""
 
-    def __init__(self, in_channels, out_channels, norm=norm):
+    def __init__(self, in_channels, out_channels, norm):
         super().__init__()
         self.norm1 = norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -83,7 +87,7 @@ class ResBlock(nn.Module):
 class MidAttention(nn.Module):
     """Single-head attention over all latent pixels, at the lowest resolution."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, norm):
         super().__init__()
         self.norm = norm(channels)
         self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
@@ -105,10 +109,10 @@ class Downsample(nn.Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
-def middle(channels, attention):
+def middle(c, width):
     """The two residual blocks at the lowest resolution, with attention between them."""
-    between = [MidAttention(channels)] if attention else []
-    return [ResBlock(channels, channels), *between, ResBlock(channels, channels)]
+    between = [MidAttention(width, c.norm)] if c.mid_attention else []
+    return [ResBlock(width, width, c.norm), *between, ResBlock(width, width, c.norm)]
 
 
 def encoder(c, moments):
@@ -120,10 +124,9 @@ def encoder(c, moments):
         if level:
             layers.append(Downsample(width))
         for _ in range(c.n_res):
-            layers.append(ResBlock(width, c.channels * multiple))
+            layers.append(ResBlock(width, c.channels * multiple, c.norm))
             width = c.channels * multiple
-    layers += middle(width, c.mid_attention)
-    layers += [norm(width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1)]
+    layers += [*middle(c, width), c.norm(width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1)]
     if c.quant_convs:
         layers.append(nn.Conv2d(out, out, 1))
     return nn.Sequential(*layers)
@@ -133,14 +136,14 @@ def decoder(c):
     """Latents (N, latent_channels, h, w) -> images (N, 3, f h, f w)."""
     width = c.channels * c.channel_multiples[-1]
     layers = [nn.Conv2d(c.latent_channels, c.latent_channels, 1)] if c.quant_convs else []
-    layers += [nn.Conv2d(c.latent_channels, width, 3, padding=1), *middle(width, c.mid_attention)]
+    layers += [nn.Conv2d(c.latent_channels, width, 3, padding=1), *middle(c, width)]
     for level, multiple in enumerate(reversed(c.channel_multiples)):
         if level:
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
         for _ in range(c.n_res + 1):
-            layers.append(ResBlock(width, c.channels * multiple))
+            layers.append(ResBlock(width, c.channels * multiple, c.norm))
             width = c.channels * multiple
-    layers += [norm(width), nn.SiLU(), nn.Conv2d(width, 3 * c.unshuffle**2, 3, padding=1)]
+    layers += [c.norm(width), nn.SiLU(), nn.Conv2d(width, 3 * c.unshuffle**2, 3, padding=1)]
     return nn.Sequential(*layers, nn.PixelShuffle(c.unshuffle))
 
 
@@ -157,12 +160,6 @@ class VAE(nn.Module):
         self.config = config
         self.encoder = encoder(config, moments)
         self.decoder = decoder(config)
-        for module in self.modules() if config.norm_groups else ():
-            if isinstance(module, nn.GroupNorm):
-                if module.num_channels % config.norm_groups:
-                    wanted = f"it must divide the channels, {module.num_channels}"
-                    raise ValueError(f"norm_groups is {config.norm_groups}; {wanted}")
-                module.num_groups = config.norm_groups
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
@@ -249,40 +246,21 @@ def adaptive_weight(reconstruction, adversarial, last_layer):
     return (by_rec / (by_gan + 1e-4)).clamp(0, 1e4).detach()
 
 
-def load_perceptual(device):
-    """LPIPS (Zhang et al. 2018) if its package and weights are at hand; else None, with a line."""
-    try:
-        import lpips
-
-        return lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
-    except Exception as error:  # not installed, or its VGG weights cannot be fetched
-        print(f"training the VAE without LPIPS ({type(error).__name__}); `pip install lpips` gives it")
-        return None
-
-
 def train_vae(
-    config,
-    images,
-    save,
-    state=None,
-    seed=0,
-    device="cpu",
-    interrupted=lambda: False,
-    network=VAE,
-    save_every=5000,
+    config, images, save, state=None, seed=0, device="cpu", network=VAE, perceptual=None, interrupted=None
 ):
     """Train a VAE and measure its latents' statistics -> the VAE in eval mode.
 
     images(first, n): float32 (n, 3, H, W) in -1..1, images number first..first+n-1 of the training data
     save(checkpoint): writes a dict; state: a saved checkpoint to go on from
+    network(config): makes the VAE; perceptual(x, y): LPIPS (N, 1, 1, 1), or None = without
     interrupted(): asked after every step; if true, the state is saved and KeyboardInterrupt raised
-    network(config): makes the VAE. Raises FloatingPointError if the loss is not finite.
+    Raises FloatingPointError if the loss is not finite.
     """
     torch.manual_seed(seed)
     vae, disc = network(config).to(device), PatchDiscriminator().to(device)
     vae = vae.to(memory_format=torch.channels_last)
     with_disc = config.disc_start < config.steps and config.disc_weight > 0
-    perceptual = load_perceptual(device) if config.perceptual_weight > 0 else None
     adam = dict(lr=config.lr, betas=(0.5, 0.95), weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(vae.parameters(), **adam)
     disc_optimizer = torch.optim.AdamW(disc.parameters(), **adam)
@@ -330,9 +308,9 @@ def train_vae(
         if step % 50 == 0 or step == config.steps - 1:
             bar.set_postfix_str(f"L1 {reconstruction.item() / x[0].numel():.4f}, {vae.progress(penalty)}")
         step += 1
-        if step % save_every == 0:
+        if step % SAVE_EVERY == 0:
             save_parts()
-        if interrupted():
+        if interrupted and interrupted():
             save_parts()
             raise KeyboardInterrupt
     vae.eval().measure_statistics(images, config.batch)
@@ -344,30 +322,24 @@ if __name__ == "__main__":
     from PIL import Image
 
     import extras
-    from extras import cli, latents, runs
+    from extras import cli, runs
     from train import read_options
 
     def demo():
         about = "Train the VAE of a preset alone and write reconstructions."
         encode = "FOLDER: write the latents of --data there, for train.py --latents"
         config, args = read_options(description=about, encode=encode)
-        if args.encode and not config.extra.data:
-            raise ValueError("--encode needs --data: scenes have no end, and are encoded as they are drawn")
-        if args.encode and extras.baseline(config.extra):
-            raise ValueError("--encode writes continuous latents; leave it out with --images discrete")
-        vae = extras.prepare_vae(config, cli.pick_device(config.device), args.resume)
-        pairs = extras.open_pairs(config, "held_out")
+        device = cli.pick_device(config.device)
         if args.encode:
-            broken = latents.write_latents(vae, getattr(pairs, "sources", [pairs]), args.encode)
-            print(f"wrote {args.encode}" + (f"; {broken:,} pictures could not be read" if broken else ""))
-            used = f"--data {config.extra.data} --latents {args.encode}"
-            return print(f"Now: python train.py ... {used} --vae {config.vae or config.out + '/vae.pt'}")
+            return extras.encode(config, device, args.resume, args.encode)
+        vae = extras.prepare_vae(config, device, args.resume)
+        pairs = extras.open_pairs(config, "held_out")
         x = extras.images_of(pairs, config.data.max_broken)(0, 16).to(vae.latent_mean.device)
         again = vae.decode(vae.encode(x))
-        print(f"mean absolute error on held-out pictures: {(x - again).abs().mean() / 2:.4f} of the range")
-        rows = [torch.cat(list(row), dim=2) for row in (x, again)]
+        print(f"mean absolute error on held-out images: {(x - again).abs().mean() / 2:.4f} of the range")
+        rows = [torch.cat([*images], dim=2) for images in (x, again)]  # (3, H, 16 W) each
         sheet = ((torch.cat(rows, dim=1) + 1) * 127.5).byte().movedim(0, -1).cpu().numpy()
         Image.fromarray(sheet).save(f"{config.out}/reconstructions.png")
-        print(f"wrote {config.out}/reconstructions.png: pictures above, reconstructions below")
+        print(f"wrote {config.out}/reconstructions.png: images above, reconstructions below")
 
     cli.report_errors(demo, runs.STOPPED)

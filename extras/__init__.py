@@ -15,8 +15,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import PairDocuments, Tokenizer, to_pixels
+from data import PairDocuments, Stream, Tokenizer, to_pixels
 from extras import cli, runs, sources
+from extras.loader import Loader
 from extras.machine import say
 from extras.parallel import seen_by_all
 from model import Transfusion
@@ -147,6 +148,17 @@ def open_documents(config, tokenizer, n_patches, split="train"):
     return room("sources").WithText(documents, text, config.data.text_fraction, n_patches, config.seed)
 
 
+def open_loader(run, split, workers):
+    """This process's share of a split: every `ranks`-th row of a step."""
+    config, n_patches = run.config, run.config.model.n_patches
+    documents = open_documents(config, run.tokenizer, n_patches, split)
+    seq_len, max_broken = config.data.seq_len, config.data.max_broken
+    too_long = sources.Skipped(f"documents (with --seq_len {seq_len})", max_broken)
+    mine = range(run.rank, config.rows, run.ranks)
+    stream = Stream(documents, seq_len, config.rows, n_patches, mine, too_long)
+    return Loader(stream, run.tokenizer, workers, config.micro_rows, sources.Skipped("pictures", max_broken))
+
+
 def open_tokenizer(config, pairs):
     """The tokenizer that the options name; merges are learned from the first 2000 captions."""
     if config.extra.tokenizer:
@@ -232,6 +244,17 @@ def images_of(pairs, max_broken):
     return images
 
 
+def lpips(device):
+    """LPIPS (Zhang et al. 2018) if its package and weights are at hand; else None, with a line."""
+    try:
+        from lpips import LPIPS
+
+        return LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False)
+    except Exception as error:  # not installed, or its VGG weights cannot be fetched
+        print(f"training the VAE without LPIPS ({type(error).__name__}); `pip install lpips` gives it")
+        return None
+
+
 def prepare_vae(config, device, resume=False, own=None):
     """The VAE that --vae names, or else `own` (of the model to start from), or else one trained here.
 
@@ -268,6 +291,7 @@ def prepare_vae(config, device, resume=False, own=None):
         keep = dict(
             save=partial(runs.save_checkpoint, path), state=state, interrupted=lambda: interrupt.asked
         )
+        keep["perceptual"] = lpips(device) if settings.perceptual_weight else None
         return train_vae(settings, images, seed=config.seed, device=device, network=network, **keep)
 
 
@@ -279,6 +303,19 @@ def shared_vae(run, resume):
         dist.barrier()
         seen_by_all(run.out / "vae.pt", run.device)
     return prepare_vae(run.config, run.device, resume or run.ranks > 1)
+
+
+def encode(config, device, resume, folder):
+    """Write the latents of --data to a folder, for train.py --latents. Raises ValueError if it has none."""
+    if not config.extra.data:
+        raise ValueError("--encode needs --data: scenes have no end, and are encoded as they are drawn")
+    if baseline(config.extra):
+        raise ValueError("--encode writes continuous latents; leave it out with --images discrete")
+    vae, pairs = prepare_vae(config, device, resume), open_pairs(config, "held_out")
+    broken = room("latents").write_latents(vae, getattr(pairs, "sources", [pairs]), folder)
+    print(f"wrote {folder}" + (f"; {broken:,} pictures could not be read" if broken else ""))
+    used = f"--data {config.extra.data} --latents {folder}"
+    print(f"Now: python train.py ... {used} --vae {config.vae or config.out + '/vae.pt'}")
 
 
 def new_model(config, choices):

@@ -9,7 +9,7 @@ from torch import nn
 
 from extras.costs import weights_of
 from model import TimestepEmbedding, Transfusion
-from vae import Downsample, ResBlock, norm
+from vae import Downsample, ResBlock, VAEConfig
 
 
 class LayerNorm(nn.LayerNorm):
@@ -19,13 +19,13 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-NORMS = {"layer": partial(LayerNorm, eps=1e-6), "group": norm}
+NORMS = {"layer": partial(LayerNorm, eps=1e-6), "group": VAEConfig().norm}
 
 
 class UNetBlock(ResBlock):
     """A residual block into which the timestep is added, as in DDPM's U-Net (Ho et al. 2020)."""
 
-    def __init__(self, in_channels, out_channels, timestep_dim, norm=norm):
+    def __init__(self, in_channels, out_channels, timestep_dim, norm=NORMS["group"]):
         super().__init__(in_channels, out_channels, norm)
         self.timestep = nn.Linear(timestep_dim, out_channels)
 

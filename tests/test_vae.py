@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vae as vae_module
 from data import to_pixels
-from extras import load_vae
+from extras import load_vae, lpips
 from extras.chameleon import VQVAE, Codebook, VQConfig, codebook_usage
 from extras.runs import load_checkpoint, save_checkpoint
 from extras.scenes import Scenes
@@ -287,17 +287,18 @@ def test_loss_that_is_not_finite_stops_and_says_what_to_lower(tmp_path):
     assert not (tmp_path / "vae.pt").exists()
 
 
-def test_a_broken_vae_never_replaces_a_good_checkpoint(tmp_path):
+def test_a_broken_vae_never_replaces_a_good_checkpoint(tmp_path, monkeypatch):
     """Training breaks between two looks at the loss, and a checkpoint is due: what is on disk stays finite."""
+    monkeypatch.setattr(vae_module, "SAVE_EVERY", 2)
     poisoned = lambda first, n: pictures(first, n) * (torch.nan if first >= 3 * TINY["batch"] else 1)
     with pytest.raises(FloatingPointError):
-        train_vae(VAEConfig(**TINY), poisoned, tmp_path / "vae.pt", save_every=2)
+        train_vae(VAEConfig(**TINY), poisoned, tmp_path / "vae.pt")
     assert all(value.isfinite().all() for value in load_checkpoint(tmp_path / "vae.pt")["vae"].values())
 
 
 def test_without_lpips_a_line_says_so(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)  # importing it raises ImportError
-    assert vae_module.load_perceptual("cpu") is None
+    assert lpips("cpu") is None
     assert "without LPIPS" in capsys.readouterr().out
 
 
