@@ -13,6 +13,7 @@ processes that load images ahead are in extras/loader.py.
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -39,10 +40,18 @@ class DataConfig:
 # ---- Text as tokens ------------------------------------------------------------------------------
 
 
+# Controls become spaces. Soft hyphens, zero-width spaces, marks of direction and of byte order go.
+UNSEEN = dict.fromkeys([*range(32), *range(127, 160)], " ")
+UNSEEN |= dict.fromkeys(
+    [0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF]
+)
+
+
 def clean_text(text):
     """A caption or a prompt as the model sees it: one line that can be encoded; "" if nothing is in it."""
-    text = text.replace("\0", " ").encode(errors="replace").decode() if isinstance(text, str) else ""
-    return " ".join(text.strip().splitlines()) if any(c.isprintable() and c != " " for c in text) else ""
+    text = text.encode(errors="replace").decode() if isinstance(text, str) else ""
+    text = " ".join(normalize("NFC", text.translate(UNSEEN)).split())
+    return text if any(c.isprintable() and c != " " for c in text) else ""
 
 
 class Tokenizer:
