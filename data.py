@@ -41,10 +41,8 @@ class DataConfig:
 
 
 # Controls become spaces. Soft hyphens, zero-width spaces, marks of direction and of byte order go.
-UNSEEN = dict.fromkeys([*range(32), *range(127, 160)], " ")
-UNSEEN |= dict.fromkeys(
-    [0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF]
-)
+MARKS = 0xAD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF
+UNSEEN = dict.fromkeys([*range(32), *range(127, 160)], " ") | dict.fromkeys(MARKS)
 
 
 def clean_text(text):
