@@ -26,7 +26,6 @@ def mask_rule(image_id, doc_id, causal=False):
     causal:   inside an image, too: it is then read like text (section 4.3's ablation, and Chameleon).
     The head index h plays no part; the signature is the `mask_mod` of FlexAttention's `create_block_mask`.
     """
-
     if causal:
         image_id = torch.full_like(image_id, TEXT)
 

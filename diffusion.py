@@ -73,9 +73,8 @@ class DDPM(nn.Module):
         t = np.arange(timesteps + 1, dtype=np.float64)
         f = np.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2  # Nichol & Dhariwal, eq. 17
         betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
-        # abar_t for t = 0..T. It stays in float64: 1 - abar_t / abar_s and sigma_s^2 cancel in float32 at
-        # either end.
-        self.alphas_cumprod = torch.from_numpy(np.concatenate([[1.0], np.cumprod(1 - betas)]))  # (T + 1,)
+        # abar_t, (T + 1,). It stays in float64: in float32, 1 - abar_t / abar_s cancels at either end.
+        self.alphas_cumprod = torch.from_numpy(np.concatenate([[1.0], np.cumprod(1 - betas)]))
         self.register_buffer("alpha", self.alphas_cumprod.sqrt().float(), persistent=False)  # (T + 1,)
         self.register_buffer("sigma", (1 - self.alphas_cumprod).sqrt().float(), persistent=False)  # (T + 1,)
 
@@ -90,8 +89,6 @@ class DDPM(nn.Module):
     def draw_timesteps(self, max_t, generator=None, t_draw=None):
         """One t for each image: max_t (N,) int64 -> t (N,), in 1..max_t; 0 (clean) where max_t is 0.
 
-        The paper draws uniformly. "logit_normal" takes u = sigmoid(normal(t_mean, t_std)) instead of a
-        uniform u.
         t_draw: overrides the configuration's; validation draws uniformly whatever training does.
         """
         if (t_draw or self.config.t_draw) == "uniform":
@@ -117,8 +114,7 @@ class DDPM(nn.Module):
             target = alpha * eps - sigma * x_0
         return (prediction.float() - target).square().flatten(1).mean(1)
 
-    # ---- sampling --------------------------------------------------------------------------------
-    # Below, t and s are one int for all N images, or an int64 tensor (N,) on the CPU.
+    # ---- sampling: t and s are one int for all N images, or an int64 tensor (N,) on the CPU --------
 
     def eps_and_x_0(self, prediction, x_t, t):
         """The network's output -> (estimate of the noise, estimate of the clean latents)."""
@@ -166,8 +162,8 @@ class DDPM(nn.Module):
     def dpm_step(self, x_0, x_t, t, s, t_before, x_0_before):
         """One step of DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2).
 
-        x_0 is extrapolated from this step's estimate and the one at t_before > t. First order where there
-        was none, or s is 0.
+        x_0 is extrapolated from this step's estimate and the one before, at t_before > t. It is not where
+        there was none before (t_before is 0), nor in the last step.
         """
         alpha_t, sigma_t, alpha_s, sigma_s, _ = self.between(t, s)
         t_before, s = torch.as_tensor(t_before), torch.as_tensor(s)

@@ -10,11 +10,9 @@ exact judge (extras/judge.py); your own data have CIDEr, FID and CLIP score (ext
 """
 
 import itertools
-import json
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,9 +68,8 @@ def perplexity(trained, texts):
     loss, tokens = 0.0, 0
     for i in range(0, len(pieces), rows):
         batch = collate([[[piece]] for piece in pieces[i : i + rows]], tokenizer, length, 0).to(device)
-        targets = batch.targets.masked_fill(
-            batch.targets == tokenizer.eos, NO_LOSS
-        )  # what follows a text is no text
+        ends = batch.targets == tokenizer.eos  # what follows a text is no text
+        targets = batch.targets.masked_fill(ends, NO_LOSS)
         mask = transfusion_mask(batch.image_id, batch.doc_id)
         no_t = no_images[:, 0, 0, 0]
         logits, _ = model(batch.tokens, batch.image_id, batch.positions, mask, no_images, no_t)
@@ -87,10 +84,8 @@ def score_split(trained, pairs, judged, seed, metrics, generate):
     sizes = trained.data.seq_len, trained.model.config.n_patches
     numbers = sources.fitting(pairs, judged, trained.tokenizer, *sizes)
     skipped = sources.Skipped("pictures", 1.0)
-    found = sources.readable(
-        pairs, itertools.cycle(numbers), len(numbers), skipped
-    )  # one comes again for a broken one
-    numbers, images = zip(*found)
+    again = itertools.cycle(numbers)  # for a broken image one comes twice
+    numbers, images = zip(*sources.readable(pairs, again, len(numbers), skipped))
     references = [pairs.captions(i) for i in numbers]
     captions = [reference[0] for reference in references]
     written = write_captions(trained, images, generate)
@@ -113,13 +108,11 @@ def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", cl
     scores = {"judged": judged, "seed": seed, "splits": {}}
     for split in progress(splits):
         if stories:
-            scores["splits"][split] = {
-                "n": judged,
-                "changes": stories(trained, split, judged, seed, generate),
-            }
+            found = {"n": judged, "changes": stories(trained, split, judged, seed, generate)}
         else:
             pairs = extras.open_pairs(trained, split, seed)
-            scores["splits"][split] = score_split(trained, pairs, judged, seed, metrics, generate)
+            found = score_split(trained, pairs, judged, seed, metrics, generate)
+        scores["splits"][split] = found
     return scores
 
 
@@ -128,7 +121,7 @@ def main(argv=None):
     parser = cli.Parser(description="Score a checkpoint.", allow_abbrev=False)
     add = parser.add_argument
     add("ckpt", nargs="?", help="checkpoint or a run's folder (default: the newest under out/)")
-    add("--judged", type=int, default=300, help="images per split (default 300)")
+    add("--judged", type=cli.positive, default=300, help="images per split (default 300)")
     add("--seed", type=int, default=1, help="which images and noise (default 1)")
     cli.add_sampling(parser)
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -138,13 +131,9 @@ def main(argv=None):
     add("--clip", metavar="FOLDER", default="", help=clip)
     add("--json", metavar="FILE", help="also write the scores there")
     args = parser.parse_args(argv)
-    if args.judged < 1:
-        raise ValueError(f"--judged is {args.judged}; it must be at least 1")
     texts = extras.room("text").read_texts(args.text) if args.text else []
     if args.json:
-        runs.check_folder(Path(args.json).parent, f"--json {args.json}")
-        if Path(args.json).is_dir():
-            raise ValueError(f"--json {args.json}: is a folder; name a file")
+        runs.check_file(args.json, "--json")
     trained = load(args.ckpt or runs.newest_checkpoint(), cli.pick_device(args.device))
     drawing = partial(generate, **cli.given_sampling(args))
     progress = partial(tqdm, desc="evaluate")
@@ -154,8 +143,7 @@ def main(argv=None):
         scores["text"] = dict(path=args.text, perplexity_per_token=per_token, perplexity_per_byte=per_byte)
     print(format_scores(scores))
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(scores, indent=1))
+        runs.write_json(args.json, scores)
 
 
 if __name__ == "__main__":

@@ -292,7 +292,7 @@ class Transfusion(nn.Module):
             h = block(h, rope, mask, None if update is None else partial(update, layer))
         return self.norm(h)
 
-    def forward(self, tokens, image_id, positions, mask, x_t=None, t=None):
+    def forward(self, tokens, image_id, positions, mask, x_t, t):
         """A mixed batch -> logits (B, S, vocab_size), and a prediction for each image (N, C, H, W).
 
         tokens, image_id, positions: (B, S), as in data.Batch

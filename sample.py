@@ -47,14 +47,7 @@ def load(path, device="cpu"):
 
     Raises ValueError, naming the file, if it is missing, broken or of other sizes than it says.
     """
-    path = Path(path)
-    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
-        state = extras.room("weights").read_export(path)
-    else:
-        path = path / "checkpoint.pt" if path.is_dir() else path
-        state = runs.load_checkpoint(path)
-    if not isinstance(state, dict) or "ema" not in state or not isinstance(state.get("config"), dict):
-        raise ValueError(f"{path}: is not a checkpoint of train.py")
+    path, state = extras.read_trained(Path(path))
     kinds = dict(model=TransfusionConfig, data=DataConfig, diffusion=DiffusionConfig)
     kinds |= dict(sampling=SamplingConfig, extra=Choices)
     parts = {name: cli.make(kind, state["config"].get(name), path) for name, kind in kinds.items()}
@@ -120,9 +113,8 @@ def generate_one(
     def length():
         return sum(c.n_patches if torch.is_tensor(item) else 1 for item in sequence)
 
-    def noise(_=None):
-        shape = (1, c.latent_channels, c.latent_size, c.latent_size)
-        return torch.randn(shape, generator=generator).to(device)
+    def noise(like):
+        return torch.randn(like.shape, generator=generator).to(device)
 
     def predict(x_t, t):
         _, prediction = run(model, [*sequence, x_t], t)  # (1, C, H, W), given all that precedes the image
@@ -145,7 +137,8 @@ def generate_one(
 
     while (drawing or max_tokens > 0) and length() <= limit:
         if drawing:  # denoise; all that follows sees the clean image
-            x_0 = trained.ddpm.sample(predict, noise(), sampling.steps, sampling.sampler, eta, noise)
+            x_T = noise(torch.empty(1, c.latent_channels, c.latent_size, c.latent_size))
+            x_0 = trained.ddpm.sample(predict, x_T, sampling.steps, sampling.sampler, eta, noise)
             sequence += [x_0, tokenizer.eoi]  # <EOI> is inserted, never sampled
             drawing, max_images = False, max_images - 1
             continue
@@ -180,7 +173,7 @@ def main(argv=None):
     add("--prompts", metavar="FILE", help="a text file with a prompt a line")
     add("--image", help="image to caption (or, with --prompt, what precedes the prompt: an instruction)")
     add("--free", action="store_true", help="let the model decide when to draw, not at once after a prompt")
-    add("--num", type=int, help="samples per prompt (default 4; 1 for captions; 8 without a prompt)")
+    add("--num", type=cli.positive, help="samples per prompt (default 4; 1 for captions; 8 without a prompt)")
     add("--seed", type=int, default=0, help="of each prompt's first sample (default 0); the next count on")
     cli.add_sampling(parser)
     add("--eta", type=float, help="noise that ddim adds, 0 to 1 (default 0)")
@@ -210,8 +203,6 @@ def main(argv=None):
         image = [Image.fromarray(pixels)]
     prompts = [[*image, text] for text in texts] or [image]
     num = (4 if texts else 1 if image else 8) if args.num is None else args.num
-    if num < 1:
-        raise ValueError(f"--num is {num}; it must be at least 1")
     documents = [prompt for prompt in prompts for _ in range(num)]
     seeds = [args.seed + n for _ in prompts for n in range(num)]
     drawing = bool(texts) and not args.free

@@ -15,7 +15,6 @@ default, the paper's value.
 """
 
 import itertools
-import json
 import math
 import os
 import time
@@ -39,10 +38,10 @@ from attention_mask import PADDING, transfusion_mask
 from data import NO_LOSS, DataConfig
 from diffusion import DDPM, DiffusionConfig, SamplingConfig
 from evaluate import evaluate
-from extras import Choices, cli, costs, machine, runs, show
+from extras import Choices, cli, costs, machine, runs
 from extras.average import Average
 from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
-from extras.logs import Log, import_wandb
+from extras.logs import Log
 from extras.optimizers import make_optimizers
 from extras.parallel import join, synchronise, total, wrap
 from extras.scores import format_scores
@@ -244,7 +243,7 @@ def train_step(run):
     rate = learning_rate(config, run.step)
     for group in itertools.chain(*(optimizer.param_groups for optimizer in run.optimizers)):
         group["lr"] = rate
-    micro_batches = [(next(run.loader), rows) for rows in run.micro_rows]  # (Batch, its rows' numbers)
+    micro_batches = [(next(run.loader), rows) for rows in run.loader.rows]  # (Batch, its rows' numbers)
 
     # The means of eq. 1 and eq. 3 are over the whole step. Micro-batches hold unequal numbers of targets and
     # images, so a mean of means would be wrong.
@@ -284,10 +283,9 @@ def validate(run):
     with run.average.applied():
         run.parallel.eval()
         for n, batch in enumerate(run.validation):
-            step, part = divmod(n, len(run.micro_rows))
-            found = run.objective.measured(run.parallel, batch, run.micro_rows[part], (2, step))
-            for name, each in found.items():
-                sums[name] = np.add(sums.get(name, 0.0), each)
+            step, part = divmod(n, len(run.loader.rows))
+            found = run.objective.measured(run.parallel, batch, run.loader.rows[part], (2, step))
+            sums = {name: np.add(sums.get(name, 0.0), each) for name, each in found.items()}
         run.parallel.train()
     summed = total(np.concatenate(list(sums.values())).tolist(), run.device)
     return {name: s / n if n else None for name, s, n in zip(sums, summed[0::2], summed[1::2])}
@@ -302,8 +300,6 @@ def set_up(config, resume=False):
     run = SimpleNamespace(config=config, rank=rank, ranks=ranks, device=device, out=Path(config.out), step=0)
     run.checkpoint = run.out / "checkpoint.pt"
     machine.check(run)
-    if config.wandb:
-        import_wandb()  # if it is missing, say so now
     state = read_checkpoint(run) if resume else None
     start = None if state else extras.open_start(run, load)
 
@@ -325,8 +321,6 @@ def set_up(config, resume=False):
 
     # The data. Validation batches have the shape of training's, so that nothing is compiled anew.
     run.loader = extras.open_loader(run, "train", config.data.workers)
-    mine, n = run.loader.stream.mine, run.loader.batch_rows
-    run.micro_rows = [mine[i : i + n] for i in range(0, len(mine), n)]
     held_out, run.validation, images = extras.open_loader(run, "held_out", 0), [], 0
     while images < config.eval_documents:
         run.validation.append(next(held_out))
@@ -355,9 +349,7 @@ def draw_samples(run, name, n=12):
     """A sheet of images for held-out captions, edits or stories, as a PNG in the run's folder."""
     model = trained(run)
     if model:
-        documents = extras.draw_held_out(model, run.config.seed, n)
-        images, texts = zip(*itertools.chain(*map(show.captioned, documents)))
-        show.contact_sheet(images, texts, columns=6).save(run.out / name)
+        extras.draw_held_out(model, run.config.seed, n).save(run.out / name)
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -391,11 +383,10 @@ def train(config, resume=False):
         print(f"trained in {time.time() - began:.0f} s; 3. the evaluation", flush=True)
         scores = evaluate(model, config.judged)
         print(format_scores(scores))
-        (run.out / "scores.json").write_text(json.dumps(scores, indent=1))
+        runs.write_json(run.out / "scores.json", scores)
         made = "checkpoint.pt, samples_*.png, log.jsonl, scores.json"
         print(f"{time.time() - began:.0f} s in all. In {run.out}: {made}. Now try:")
-        pairs = extras.open_pairs(config, "held_out", 1)
-        print("    " + show.next_command(run.checkpoint, config.extra.documents, pairs))
+        print("    " + extras.next_command(config, run.checkpoint))
     return run
 
 

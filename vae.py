@@ -160,6 +160,7 @@ class VAE(nn.Module):
         self.config = config
         self.encoder = encoder(config, moments)
         self.decoder = decoder(config)
+        self.penalty_weight = config.kl_weight  # of what draw_latents returns second
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
@@ -185,17 +186,11 @@ class VAE(nn.Module):
         return self.decoder(z).clamp(-1, 1)
 
     def draw_latents(self, pixels, generator=None):
-        """For training: a draw of the posterior (N, C, h, w), with a gradient, and its KL divergence from the
-        standard normal, summed over an image and averaged over the batch."""
+        """For training: a draw of the posterior (N, C, h, w), with gradient; its KL from N(0, 1) per image."""
         mean, log_var = self.posterior(pixels)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
         return sample_posterior(mean, log_var, noise), kl.sum() / len(mean)
-
-    @property
-    def penalty_weight(self):
-        """The weight of the KL that `draw_latents` returns."""
-        return self.config.kl_weight
 
     def progress(self, penalty):
         """What the progress bar says of it."""
@@ -239,8 +234,7 @@ def reconstruction_loss(pixels, output, config, perceptual=None):
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
-    """The factor that makes the GAN's gradient as large as the reconstruction's at the decoder's last layer
-    (Esser et al. 2021, eq. 7)."""
+    """The factor by which the GAN pulls at the last layer as hard as the reconstruction (VQGAN, eq. 7)."""
     losses = (reconstruction, adversarial)
     by_rec, by_gan = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in losses)
     return (by_rec / (by_gan + 1e-4)).clamp(0, 1e4).detach()
@@ -264,15 +258,14 @@ def train_vae(
     adam = dict(lr=config.lr, betas=(0.5, 0.95), weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(vae.parameters(), **adam)
     disc_optimizer = torch.optim.AdamW(disc.parameters(), **adam)
-    parts = {"vae": vae, "optimizer": optimizer}
+    parts = dict(vae=vae, optimizer=optimizer)
     if with_disc:
-        parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
+        parts |= dict(disc=disc, disc_optimizer=disc_optimizer)
     step = state["step"] if state else 0
     for name, part in parts.items() if state else ():
         part.load_state_dict(state[name])
 
     def save_parts(**more):
-        """Save everything, `step` being the number of steps done."""
         states = {name: part.state_dict() for name, part in parts.items()}
         save({"vae_config": asdict(config), "step": step, **states, **more})
 

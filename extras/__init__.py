@@ -188,6 +188,21 @@ def vae_kind(config):
     return chameleon.VQVAE, chameleon.VQConfig(**asdict(config.autoencoder), **codes)
 
 
+def read_trained(path):
+    """A checkpoint of train.py, the folder of a run, or an export -> the path of the file, and its dict.
+
+    Raises ValueError, naming the path, if it is none of them.
+    """
+    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
+        state = room("weights").read_export(path)
+    else:
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        state = runs.load_checkpoint(path)
+    if not isinstance(state, dict) or "ema" not in state or not isinstance(state.get("config"), dict):
+        raise ValueError(f"{path}: is not a checkpoint of train.py")
+    return path, state
+
+
 def restore_vae(state, where):
     """The VAE of a checkpoint's dict, in eval mode. Raises ValueError that names `where`."""
     network, kind = VAE, VAEConfig
@@ -424,13 +439,22 @@ def generate(trained, documents, seeds=None, **settings):
 
 
 def draw_held_out(trained, seed, n):
-    """Have n images drawn for held-out captions, or n held-out edits or stories -> documents."""
-    pairs = open_pairs(trained, "held_out", seed)
-    if trained.extra.documents != "pairs":
-        return room("stories").tell(trained, [pairs.example(i) for i in range(n)], generate)
-    sizes = trained.data.seq_len, trained.model.config.n_patches
-    numbers = sources.fitting(pairs, n, trained.tokenizer, *sizes)
-    return generate(trained, [[pairs.captions(i)[0]] for i in numbers], max_tokens=0)
+    """Have n images drawn for held-out captions, or n held-out edits or stories -> a sheet, a PIL image."""
+    pairs, show = open_pairs(trained, "held_out", seed), room("show")
+    if trained.extra.documents == "pairs":
+        sizes = trained.data.seq_len, trained.model.config.n_patches
+        numbers = sources.fitting(pairs, n, trained.tokenizer, *sizes)
+        documents = generate(trained, [[pairs.captions(i)[0]] for i in numbers], max_tokens=0)
+    else:
+        documents = room("stories").tell(trained, [pairs.example(i) for i in range(n)], generate)
+    images, texts = zip(*itertools.chain(*map(show.captioned, documents)))
+    return show.contact_sheet(images, texts, columns=6)
+
+
+def next_command(config, checkpoint):
+    """What to type after training: sample.py with a held-out caption."""
+    pairs = open_pairs(config, "held_out", 1)
+    return room("show").next_command(checkpoint, config.extra.documents, pairs)
 
 
 def measures(trained, inception="", clip=""):

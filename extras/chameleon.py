@@ -108,6 +108,7 @@ class VQVAE(VAE):
 
     def __init__(self, config):
         super().__init__(config, moments=1)
+        self.penalty_weight = config.commitment_weight
         self.codebook = Codebook(config.codebook, config.latent_channels)
         self.register_buffer("usage", torch.zeros(2))  # share of the codes that occur, and their perplexity
 
@@ -134,10 +135,6 @@ class VQVAE(VAE):
         z = self.encoder(pixels)
         nearest, _ = self.codebook(z, generator)
         return z + (nearest - z).detach(), (z - nearest).square().sum() / len(z)
-
-    @property
-    def penalty_weight(self):
-        return self.config.commitment_weight
 
     def progress(self, penalty):
         perplexity = codebook_usage(self.codebook.counts)[1]

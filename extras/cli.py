@@ -144,6 +144,13 @@ def integers(text):
     return tuple(int(n) for n in text.split(",") if n)
 
 
+def positive(text):
+    """Reads a whole number above 0."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"is {text}; it must be at least 1")
+    return int(text)
+
+
 def add_options(parser, cls, hidden=()):
     """Make options of the fields of a dataclass and of its parts, a group each, without those in `hidden`."""
     for part, kind in {"": cls, **{f.name: f.type for f in fields(cls) if is_dataclass(f.type)}}.items():

@@ -1,5 +1,6 @@
 """The batches of a stream, their images loaded by worker processes ahead of need."""
 
+import itertools
 import os
 import signal
 import sys
@@ -25,7 +26,8 @@ class Loader:
 
     def __init__(self, stream, tokenizer, workers=0, batch_rows=None, skipped=None):
         self.stream, self.skipped = stream, skipped
-        self.batch_rows = batch_rows or len(stream.mine)
+        n = batch_rows or len(stream.mine)
+        self.rows = [stream.mine[i : i + n] for i in range(0, len(stream.mine), n)]  # of each batch of a step
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(workers, cores or 1)
         make = stream.document if workers else stream.made
@@ -33,7 +35,7 @@ class Loader:
         self._loader = DataLoader(
             BatchDataset(make, tokenizer, stream.seq_len, stream.n_patches, skipped is None),
             batch_size=None,
-            sampler=pack(stream, self.batch_rows, self._states),
+            sampler=pack(stream, self.rows, self._states),
             num_workers=workers,
             worker_init_fn=leave_signals,
             generator=torch.Generator(),
@@ -62,13 +64,12 @@ class Loader:
         return batch
 
 
-def pack(stream, batch_rows, states):
+def pack(stream, rows, states):
     """Yield each batch's document numbers, row by row, for ever; append the stream's state to `states`."""
-    while True:
-        for i in range(0, len(stream.mine), batch_rows):
-            rows = [stream.numbers(r) for r in stream.mine[i : i + batch_rows]]
-            states.append(dict(stream.state))
-            yield rows
+    for some in itertools.cycle(rows):
+        documents = [stream.numbers(r) for r in some]
+        states.append(dict(stream.state))
+        yield documents
 
 
 @dataclass

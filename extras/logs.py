@@ -5,17 +5,8 @@ import math
 from dataclasses import asdict
 
 from extras.costs import peak_flops
-from extras.machine import machine, say
+from extras.machine import import_wandb, machine, say
 from extras.runs import keep_old
-
-
-def import_wandb():
-    """The optional package wandb. Raises ValueError if it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("--wandb needs a package that is not installed: pip install wandb") from None
-    return wandb
 
 
 class Log:

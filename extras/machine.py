@@ -28,6 +28,15 @@ def machine(config, device):
     return bf16, compiled, partial(make, causal=config.model.image_attention == "causal")
 
 
+def import_wandb():
+    """The optional package wandb. Raises ValueError if it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs a package that is not installed: pip install wandb") from None
+    return wandb
+
+
 def check(run):
     """Raises ValueError, before anything is made, on what cannot be done here."""
     config, device = run.config, run.device
@@ -38,6 +47,8 @@ def check(run):
     if config.attention == "auto" and device.type == "cuda" and compiled and config.data.seq_len % 128:
         wanted = f"FlexAttention wants a --seq_len that is a multiple of 128, not {config.data.seq_len}"
         say(run, f"attention is SDPA with a dense mask, which is slower: {wanted}")
+    if config.wandb:
+        import_wandb()
     try:
         run.out.mkdir(parents=True, exist_ok=True)
         (run.out / "log.jsonl").open("a").close()

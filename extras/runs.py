@@ -85,6 +85,12 @@ def read_json(path):
     return found
 
 
+def write_json(path, found):
+    """Write plain values as a JSON file."""
+    with written(path) as file:
+        file.write(json.dumps(found, indent=1).encode())
+
+
 def newest_checkpoint():
     """The checkpoint under out/ that was written last. Raises ValueError if there is none."""
     found = sorted(Path("out").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
@@ -107,6 +113,13 @@ def check_folder(path, option):
         raise ValueError(f"{option}: {path} is not a folder") from None
     except OSError as error:
         raise ValueError(f"{option}: {path} cannot be written to ({error.strerror})") from None
+
+
+def check_file(path, option):
+    """Raises ValueError, naming the option, if a file cannot be written."""
+    check_folder(Path(path).parent, f"{option} {path}")
+    if Path(path).is_dir():
+        raise ValueError(f"{option} {path}: is a folder; name a file")
 
 
 def keep_old(folder, names):

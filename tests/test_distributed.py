@@ -120,7 +120,7 @@ def assert_equal_states(found, expected):
 def test_the_rows_differ_in_what_the_means_are_over(one_process, trained_vae, tmp_path):
     """Or means of the ranks' means would pass the tests below."""
     run = set_up(*parse(options(tmp_path / "out", trained_vae, micro_rows=1)))
-    targets, images = zip(*(run.objective.counts(batch) for batch, _ in [(next(run.loader), rows) for rows in run.micro_rows]))
+    targets, images = zip(*(run.objective.counts(batch) for batch, _ in [(next(run.loader), rows) for rows in run.loader.rows]))
     assert len(set(targets)) > 1 and len(set(images)) > 1
 
 

@@ -21,7 +21,7 @@ def count(paths):
 
 
 # Where the rebuilding stands. The core is to come down to 2,000 lines and the whole to 4,600; neither may grow on the way.
-CORE, WHOLE = 2336, 6835
+CORE, WHOLE = 2000, 6835
 
 
 def test_the_core_does_not_grow():

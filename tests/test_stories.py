@@ -207,7 +207,7 @@ def test_a_step_counts_no_loss_on_clean_pictures(small_run, tmp_path):
     options = dict(config="small_edit", init_from=small_run[0] / "out/small", rows=2, eval_documents=4, out=tmp_path)
     run = set_up(*parse(flags(**options)))
     again = set_up(*parse(flags(**options | dict(out=tmp_path / "again"))))
-    (rows,) = again.micro_rows
+    (rows,) = again.loader.rows
     batch, x_0, t, eps = again.objective.noised(next(again.loader), rows, (1, again.step))
     assert ((t == 0) == (batch.max_t == 0)).all() and (batch.max_t[0::2] == 0).all() and (batch.max_t[1::2] == 1000).all()
     with torch.no_grad():
