@@ -186,7 +186,7 @@ class VAE(nn.Module):
         return self.decoder(z).clamp(-1, 1)
 
     def draw_latents(self, pixels, generator=None):
-        """For training: a draw of the posterior (N, C, h, w), with gradient; its KL from N(0, 1) per image."""
+        """For training: a draw of the posterior (N, C, h, w), with gradient; its KL from N(0, 1) an image."""
         mean, log_var = self.posterior(pixels)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
