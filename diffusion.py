@@ -166,8 +166,7 @@ class DDPM(nn.Module):
         there was none before (t_before is 0), nor in the last step.
         """
         alpha_t, sigma_t, alpha_s, sigma_s, _ = self.between(t, s)
-        t_before, s = torch.as_tensor(t_before), torch.as_tensor(s)
-        second = (t_before > 0) & (s > 0)
+        second = (torch.as_tensor(t_before) > 0) & (torch.as_tensor(s) > 0)
         if second.any():
             log_snr = self.alphas_cumprod.log() - (1 - self.alphas_cumprod).clamp(min=1e-300).log()
             h, h_before = log_snr[s] - log_snr[t], log_snr[t] - log_snr[t_before]

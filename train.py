@@ -41,9 +41,11 @@ from evaluate import evaluate
 from extras import Choices, cli, costs, machine, runs
 from extras.average import Average
 from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
+from extras.idle import refuse_idle
 from extras.logs import Log
 from extras.optimizers import make_optimizers
 from extras.parallel import join, synchronise, total, wrap
+from extras.rehearsal import rehearse
 from extras.scores import format_scores
 from model import SIZES, TransfusionConfig
 from sample import Trained, load
@@ -138,8 +140,8 @@ def preset(name):
 
 def read_options(argv=None, description=__doc__.split("\n")[0], **more):
     """The command line -> (Config, all that argparse found). more: {option: help} besides."""
-    names = [*PRESETS, *extras.PRESETS]
-    return cli.read_options(Config, preset, names, argv, description, default="0.16b", hidden=DERIVED, **more)
+    names, more = [*PRESETS, *extras.PRESETS], more | dict(hidden=DERIVED, check=refuse_idle)
+    return cli.read_options(Config, preset, names, argv, description, default="0.16b", **more)
 
 
 def parse(argv=None):
@@ -316,8 +318,7 @@ def set_up(config, resume=False):
     run.ddpm = DDPM(**asdict(config.diffusion)).to(device)
     run.optimizers = make_optimizers(run.model, config, undecayed)
     autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
-    kind = extras.objective(config, Objective)
-    run.objective = kind(config, run.vae, run.ddpm, run.tokenizer, mask, device, autocast)
+    run.objective = extras.objective(run, Objective, mask, autocast)
 
     # The data. Validation batches have the shape of training's, so that nothing is compiled anew.
     run.loader = extras.open_loader(run, "train", config.data.workers)
@@ -345,13 +346,6 @@ def trained(run):
     return Trained(model, run.vae, run.ddpm, run.tokenizer, config.data, config.sampling, config.extra)
 
 
-def draw_samples(run, name, n=12):
-    """A sheet of images for held-out captions, edits or stories, as a PNG in the run's folder."""
-    model = trained(run)
-    if model:
-        extras.draw_held_out(model, run.config.seed, n).save(run.out / name)
-
-
 # ---- The loop ------------------------------------------------------------------------------------
 
 
@@ -373,7 +367,7 @@ def train(config, resume=False):
             if run.step % config.eval_every == 0 or last:
                 run.log.validation(run.step, validate(run))
                 save(run)
-                draw_samples(run, f"samples_{run.step:06d}.png")
+                extras.draw_held_out(trained(run), config.seed, run.out / f"samples_{run.step:06d}.png")
             if any(total([interrupt.asked], run.device)):  # in all processes, whichever was told
                 save(run)
                 raise KeyboardInterrupt
@@ -390,5 +384,13 @@ def train(config, resume=False):
     return run
 
 
+def main():
+    """The command line."""
+    config, resume = parse()
+    if not resume:
+        rehearse(config, set_up, train_step, validate, trained, evaluate)
+    train(config, resume)
+
+
 if __name__ == "__main__":
-    cli.report_errors(lambda: train(*parse()), runs.STOPPED)
+    cli.report_errors(main, runs.STOPPED)

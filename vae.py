@@ -198,9 +198,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def measure_statistics(self, images, batch):
-        """Measure the latents' mean and std on about 2048 images, `batch` at a time."""
+        """Measure the latents' mean and std on about 2048 of the training's images, `batch` at a time."""
         z = []
-        for i in range(max(1, 2048 // batch)):
+        for i in range(max(1, min(2048 // batch, self.config.steps))):
             mean, log_var = self.posterior(images(i * batch, batch).to(self.latent_mean.device))
             # Draws, not means: a channel that carries little is mostly the posterior's own noise.
             z.append(sample_posterior(mean, log_var, torch.randn_like(mean)))

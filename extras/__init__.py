@@ -71,7 +71,7 @@ def check(config):
     """Raises ValueError on options of a train.Config that cannot go together."""
     extra, start, copies = config.extra, config.init_from, not config.fsdp
     latents, frozen, chameleon = extra.latents, config.freeze_text, baseline(extra)
-    pairs, codes = extra.documents == "pairs", chameleon or extra.codebook == Choices.codebook
+    pairs = extra.documents == "pairs"
     together = {
         "latents are of continuous images; leave them out": not (latents and chameleon),
         "latents need the VAE that made them; give --vae too": not latents or config.vae or start,
@@ -79,9 +79,6 @@ def check(config):
         "freeze_text is true, but there is nothing to freeze: give --init_from too": not frozen or start,
         "optimizer muon needs whole matrices, which --fsdp cuts": config.optimizer == "adamw" or copies,
         "freeze_text needs whole vocabularies, which --fsdp cuts; leave one out": not frozen or copies,
-        f"codebook is {extra.codebook}, but images are continuous; give --images discrete": codes,
-        f"shard is {config.shard}, but every process keeps a copy; give --fsdp": not config.shard
-        or config.fsdp,
         f"{extra.documents} are of the built-in scenes; leave --data out": pairs or not extra.data,
         f"{extra.documents} need places; give --grammar places or rich": pairs
         or extra.grammar != "relations",
@@ -418,10 +415,11 @@ def freeze(run):
     return undecayed
 
 
-def objective(config, ordinary):
-    """The class of the objective: the baseline's, or the `ordinary` one."""
-    chameleon = baseline(config.extra)
-    return chameleon.Objective if chameleon else ordinary
+def objective(run, ordinary, mask, autocast):
+    """The objective of a run: the baseline's, or of the `ordinary` class."""
+    chameleon = baseline(run.config.extra)
+    kind = chameleon.Objective if chameleon else ordinary
+    return kind(run.config, run.vae, run.ddpm, run.tokenizer, mask, run.device, autocast)
 
 
 # ---- Sampling and scores -------------------------------------------------------------------------
@@ -438,8 +436,13 @@ def generate(trained, documents, seeds=None, **settings):
     return room("engine").generate(trained, documents, seeds, engine=engine_of(trained), **settings)
 
 
-def draw_held_out(trained, seed, n):
-    """Have n images drawn for held-out captions, or n held-out edits or stories -> a sheet, a PIL image."""
+def draw_held_out(trained, seed, path, n=12):
+    """Have n images drawn for held-out captions, or n held-out edits or stories: a sheet, a PNG at `path`.
+
+    trained: None = in another process.
+    """
+    if not trained:
+        return
     pairs, show = open_pairs(trained, "held_out", seed), room("show")
     if trained.extra.documents == "pairs":
         sizes = trained.data.seq_len, trained.model.config.n_patches
@@ -448,7 +451,7 @@ def draw_held_out(trained, seed, n):
     else:
         documents = room("stories").tell(trained, [pairs.example(i) for i in range(n)], generate)
     images, texts = zip(*itertools.chain(*map(show.captioned, documents)))
-    return show.contact_sheet(images, texts, columns=6)
+    show.contact_sheet(images, texts, columns=6).save(path)
 
 
 def next_command(config, checkpoint):

@@ -167,11 +167,12 @@ def add_options(parser, cls, hidden=()):
             group.add_argument(f"--{name}", type=read, metavar=choices or read.__name__.upper(), **more)
 
 
-def read_options(cls, preset, names, argv, description, default, hidden=(), **more):
+def read_options(cls, preset, names, argv, description, default, hidden=(), check=None, **more):
     """The command line -> (an instance of the dataclass, all that argparse found). Raises ValueError.
 
     preset: a function of one of `names` -> {option: value}, which go before the defaults. hidden: options
-    that may not be given. more: {option: help} of the script that calls.
+    that may not be given. check(config, given options): raises ValueError on what cannot go together. more:
+    {option: help} of the script that calls.
     """
     usage = "%(prog)s [--config PRESET] [--OPTION VALUE] ..."
     parser = Parser(description=description, usage=usage, allow_abbrev=False)
@@ -184,10 +185,12 @@ def read_options(cls, preset, names, argv, description, default, hidden=(), **mo
     if args.config not in names:
         known = f"the presets are {', '.join(names)}{nearest(args.config, names)}"
         raise ValueError(f"no preset is called {args.config!r}; {known}")
-    given = {name: getattr(args, name, None) for name in options(cls)}
-    values = preset(args.config) | {name: value for name, value in given.items() if value is not None}
-    values["out"] = values.get("out") or f"out/{args.config}"
-    return nested(cls, values), args
+    values = {name: getattr(args, name, None) for name in options(cls)}
+    given = {name: value for name, value in values.items() if value not in (None, "")}
+    config = nested(cls, {"out": f"out/{args.config}"} | preset(args.config) | given)
+    if check:
+        check(config, given)
+    return config, args
 
 
 SAMPLING = dict(steps=int, sampler=str, guidance_scale=float, code_temperature=float, code_top_p=float)

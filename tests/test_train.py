@@ -16,13 +16,13 @@ from PIL import Image
 
 import extras
 import train as recipe
-from extras import cli, costs, load_vae, runs
+from extras import cli, costs, draw_held_out, load_vae, runs
 from extras.cli import report_errors
 from extras.runs import load_checkpoint, save_checkpoint
 from extras.scenes import Scenes
 from model import SIZES
 from sample import load
-from train import PRESETS, Config, Objective, averaged_weights, draw_samples, learning_rate, parse, save, set_up, train_step, validate
+from train import PRESETS, Config, Objective, averaged_weights, learning_rate, parse, save, set_up, train_step, trained, validate
 
 
 def config_of(out, **change):
@@ -179,7 +179,7 @@ def test_validation_leaves_training_as_it_was(trained_vae, tmp_path):
     a, b = (set_up(config_of(tmp_path / name, vae=trained_vae)) for name in "ab")
     train_step(a), train_step(b)
     assert validate(a) == validate(a)
-    draw_samples(a, "x.png", n=2)
+    draw_held_out(trained(a), 0, tmp_path / "x.png", n=2)
     assert train_step(a) == train_step(b)
 
 
