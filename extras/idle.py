@@ -15,7 +15,7 @@ def refuse_idle(config, given):
     config: a train.Config; given: names of options.
     """
     extra, data, t_draw = config.extra, config.data, config.diffusion.t_draw
-    discrete, linear = extra.images == "discrete", extra.patch_encoder == "linear"
+    diffused, linear = extra.images == "continuous", extra.patch_encoder == "linear"
     idle = [
         (not data.text_fraction, "text", "text_fraction is 0; give --text_fraction too"),
         (extra.data and not extra.text, "text_fraction", "--data has no text of its own; give --text too"),
@@ -23,8 +23,8 @@ def refuse_idle(config, given):
         (config.vae, VAE, "--vae is given, so none is trained"),
         (extra.tokenizer, "merges", "--tokenizer is given, so nothing is merged"),
         (config.init_from, SIZES, "the sizes are those of --init_from"),
-        (discrete, DIFFUSED, "images are discrete, and not diffused"),
-        (not discrete, CODES, "images are continuous; give --images discrete"),
+        (not diffused, DIFFUSED, "images are discrete, and not diffused"),
+        (diffused, CODES, "images are continuous; give --images discrete"),
         (linear, "unet_channels unet_blocks unet_norm", "patches are linear; give --patch_encoder unet"),
         (t_draw == "uniform", "t_mean t_std", "t_draw is uniform; give --t_draw logit_normal"),
         (not config.fsdp, "shard", "every process keeps a copy; give --fsdp"),
