@@ -14,23 +14,22 @@ from extras.sources import say
 
 
 class Latents:
-    """What write_latents wrote of one source; latents(row): float16 (2 C, h, w), mean and log-variance."""
+    """What write_latents wrote of a Table; latents(row): float16 (2 C, h, w), mean and log-variance."""
 
-    def __init__(self, folder, images, image_size):
-        self.folder = Path(folder)
+    def __init__(self, folder, table, image_size):
+        self.folder, where = Path(folder), f"--latents {folder}"
         try:
             self.index = read_json(self.folder / "index.json")
             self.shards = [np.load(file, mmap_mode="r") for file in sorted(self.folder.glob("*.npy"))]
-            of, side = self.index["pictures"], self.index["image_size"]
+            data, side = self.index["data"], self.index["image_size"]
         except (OSError, ValueError, KeyError) as error:
-            advice = "write them with vae.py --encode"
-            raise ValueError(f"--latents {folder}: cannot be read ({error}); {advice}") from None
-        if (of, side) != (images, image_size):
-            wanted = f"not of {images:,} of {image_size}"
-            raise ValueError(f"--latents {folder}: are of {of:,} pictures of {side} pixels, {wanted}")
-        if (done := sum(map(len, self.shards))) != images:
-            missing = f"only {done:,} of {images:,} pictures are encoded"
-            raise ValueError(f"--latents {folder}: {missing}; start vae.py --encode again, it goes on")
+            raise ValueError(f"{where}: cannot be read ({error}); write them with vae.py --encode") from None
+        if (data, side) != (table.fingerprint, image_size):
+            wanted = f"not of {table.fingerprint} of {image_size}"
+            raise ValueError(f"{where}: are of {data} of {side} pixels, {wanted}")
+        if (done := sum(map(len, self.shards))) != len(table.rows):
+            missing = f"only {done:,} of {len(table.rows):,} pictures are encoded"
+            raise ValueError(f"{where}: {missing}; start vae.py --encode again, it goes on")
 
     def __call__(self, row):
         shard, place = divmod(row, self.index["shard"])
@@ -41,9 +40,10 @@ class Latents:
 
 
 def fingerprint(vae):
-    """A short text that tells this VAE's weights from any other's."""
-    weights = [value.detach().cpu().contiguous().numpy().tobytes() for value in vae.state_dict().values()]
-    return hashlib.sha256(b"".join(weights)).hexdigest()[:16]
+    """A short text that tells this VAE's weights from any other's, however its latents are scaled."""
+    weights = {name: value for name, value in vae.state_dict().items() if not name.startswith("latent_")}
+    content = [value.detach().cpu().contiguous().numpy().tobytes() for value in weights.values()]
+    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -53,9 +53,9 @@ def encode(vae, pairs, rows, batch):
     latents = np.full((len(rows), 2 * vae.config.latent_channels, side, side), np.nan, np.float16)
     for start in range(0, len(rows), batch):
         images = {}
-        for place in range(start, min(start + batch, len(rows))):
+        for place, row in enumerate(rows[start : start + batch], start):
             try:
-                images[place] = pairs.read(rows[place])
+                images[place] = pairs.read(row)
             except ValueError as error:
                 say(f"skipped: {error}")
         if images:
@@ -72,20 +72,18 @@ def write_latents(vae, sources, folder, shard=4096, batch=32):
     """
     broken = 0
     for number, pairs in enumerate(sources):
-        place, total = Path(folder) / str(number), len(pairs.table.rows)
-        index = {"pictures": total, "shard": shard, "image_size": pairs.image_size, "vae": fingerprint(vae)}
+        place, rows, data = Path(folder) / str(number), range(len(pairs.table.rows)), pairs.table.fingerprint
+        index = {"data": data, "shard": shard, "image_size": pairs.image_size, "vae": fingerprint(vae)}
         if (place / "index.json").exists() and read_json(place / "index.json") != index:
-            raise ValueError(
-                f"{place}: holds latents of other pictures or of another VAE; name an empty folder"
-            )
+            others = "holds latents of other pictures or of another VAE"
+            raise ValueError(f"{place}: {others}; name an empty folder")
         with written(place / "index.json") as file:
             file.write(json.dumps(index).encode())
-        for first in tqdm(range(0, total, shard), desc=f"encode {number}"):
+        for first in tqdm(rows[::shard], desc=f"encode {number}"):
             path = place / f"{first // shard:05d}.npy"
             if not path.exists():
-                latents = encode(vae, pairs, range(first, min(first + shard, total)), batch)
                 with written(path) as file:
-                    np.save(file, latents)
+                    np.save(file, encode(vae, pairs, rows[first : first + shard], batch))
             broken += int(np.isnan(np.load(path, mmap_mode="r")[:, 0, 0, 0]).sum())
     return broken
 

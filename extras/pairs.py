@@ -11,22 +11,27 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from data import clean_text
 from extras.latents import Latents
 from extras.runs import opening
 from extras.sources import Mixture
-from extras.tables import Found, Table, files_below, held_out, listed
+from extras.tables import Found, Table, files_below, listed, side, stamp
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAPTIONS = (".txt", ".json")
 LONGEST = 2**20  # bytes of a file with a caption
+LARGEST = 2**30  # bytes of an image in a tar
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others: Pillow runs a program for EPS
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text beside the pixels does no harm
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a long text beside the pixels does no harm
+PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 
 # ---- From an image file to pixels ----------------------------------------------------------------
+
+# Pixels of these depths come from Pillow as 8 bits, times so much; a transparent colour comes as it was.
+SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 
 
 @lru_cache(maxsize=16)
@@ -36,23 +41,34 @@ def to_srgb(profile, mode):
         return ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
+def to_eight_bits(image):
+    """An image of larger numbers, which Pillow would clip, in 8 bits; its transparent colour is white."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels are floating-point numbers or beyond 16 bits; save it with 8 or 16 bits")
+    white = values == image.info.get("transparency", -1)
+    step = 1 if image.mode == "I" and values.max() < 256 else 257
+    return Image.fromarray(np.where(white, 255, values // step).astype(np.uint8))
+
+
 def fit_image(image, image_size):
-    """A PIL image as uint8 (image_size, image_size, 3): upright, sRGB on white, cropped to its centre."""
-    if 0 in image.size:
-        raise ValueError("it has no pixels")
+    """A PIL image as uint8 (image_size, image_size, 3): upright, sRGB on white, cropped to its centre.
+
+    Raises ValueError if it has no pixels, or some that cannot be shown so.
+    """
+    if 0 in image.size or image.mode == "LAB":
+        raise ValueError("an image has no pixels" if 0 in image.size else "its colours are LAB, not RGB")
     mode = "CMYK" if image.mode == "CMYK" else Image.getmodebase(image.mode)  # the latter is L or RGB
     convert = to_srgb(image.info["icc_profile"], mode) if image.info.get("icc_profile") else None
+    depth = str(image.tile[0][3]) if getattr(image, "tile", None) else ""  # while it is not read yet
     image = image.copy()
     with contextlib.suppress(Exception):  # whatever is wrong with its metadata
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "FI":  # numbers of more than 8 bits, which Pillow would clip to white
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                "its pixels are floating-point numbers or beyond 16 bits; save it with 8 or 16 bits"
-            )
-        white = values == image.info.get("transparency", -1)
-        image = Image.fromarray(np.where(white, 255, values // 257).astype(np.uint8))
+    if image.mode[0] in "FI":
+        image = to_eight_bits(image)
+    if "transparency" in image.info and depth in SCALES:
+        colour = np.multiply(image.info["transparency"], SCALES[depth]).astype(int).tolist()
+        image.info["transparency"] = tuple(colour) if isinstance(colour, list) else colour
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -70,7 +86,9 @@ def load_image(file, image_size, name=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            ImageFile.LOAD_TRUNCATED_IMAGES = True  # while metadata are read
             with Image.open(file, formats=FORMATS) as image:
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
                 image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG may be decoded at 1/2, 1/4, 1/8
                 return fit_image(image, image_size)
     except FileNotFoundError:
@@ -79,6 +97,8 @@ def load_image(file, image_size, name=None):
         unknown = "it is in none of the formats " + ", ".join(FORMATS)
         reason = unknown if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name or file}: cannot be read as an image ({reason})") from None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 # ---- Pairs of files ------------------------------------------------------------------------------
@@ -101,11 +121,14 @@ def read_part(path, offset, size):
         return file.read(size)
 
 
-def read_captions(part, suffix):
-    """The captions in a .txt, or a .json with a "caption" -> (captions, what is wrong if there are none)."""
+def read_captions(path, offset, size, is_json):
+    """The captions in a text, or a JSON with a "caption" -> (captions, what is wrong if there are none)."""
     try:
-        text = read_part(*part).decode("utf-8-sig")
-        captions = json.loads(text)["caption"] if suffix == ".json" else text
+        content = read_part(path, offset, min(size, LONGEST + 1))
+        if len(content) > LONGEST:
+            return [], "with a caption longer than a megabyte"
+        text = content.decode("utf-8-sig")
+        captions = json.loads(text)["caption"] if is_json else text
     except OSError:
         return [], "with a caption that cannot be read"
     except UnicodeDecodeError:
@@ -134,7 +157,7 @@ def join(parts, where, found):
         for suffix in CAPTIONS:
             for name in files:
                 if not captions and name.lower().endswith(suffix):
-                    captions, reason = read_captions(parts[name], suffix)
+                    captions, reason = read_captions(*parts[name], suffix == ".json")
         if not images:
             found.skip("captions without a picture", where + files[-1], lost=0)
         elif captions:
@@ -145,18 +168,12 @@ def join(parts, where, found):
             found.skip(reason, where + files[-1], lost=not captions)
 
 
-def record(name, captions, place, offset=0, size=0):
-    """A pair as the table keeps it; by its name it is held out or not. offset: 0 = a file of its own."""
-    content = "\0".join([name, *captions]).encode(errors="surrogateescape")
-    return content, place, offset, size, held_out(os.path.splitext(name)[0])
-
-
 def tar_parts(path, found):
     """The images and captions in a tar -> {name: (path, offset, size)}. Raises ReadError if it is no tar.
 
     A name is no more than a label, and a link is never followed.
     """
-    parts, end = {}, os.path.getsize(path)
+    parts, end, whole = {}, os.path.getsize(path), False
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
@@ -180,7 +197,6 @@ def tar_parts(path, found):
             tar.fileobj.seek(tar.offset)
             whole = tar.fileobj.read(512) == bytes(512)  # a tar ends with zeros
     except tarfile.ReadError:
-        whole = False
         if not parts:
             raise
     if not whole:
@@ -189,16 +205,17 @@ def tar_parts(path, found):
 
 
 def records(places, parts_of, found):
-    """The pairs in a folder, or in some tars; nothing is unpacked. parts_of(place): what `join` takes.
+    """The pairs in a folder, or in some tars: (image's name, captions, number of its place, offset, size).
 
-    A broken tar counts as lost pairs, as many as another holds.
+    Nothing is unpacked. offset: 0 = a file of its own. parts_of(place): what `join` takes. A broken tar
+    counts as lost pairs, as many as another holds.
     """
     broken = []
     for number, place in enumerate(places):
         try:
             parts = parts_of(place)
             for name, captions in join(parts, f"{place}: " if place.is_file() else "", found):
-                yield record(name, captions, number, *parts[name][1:])
+                yield name, captions, number, *parts[name][1:]
         except tarfile.ReadError as error:
             broken.append(f"{place}: is not an uncompressed tar, or is broken from the start ({error})")
     for reason in broken:
@@ -212,16 +229,26 @@ def coco_folders(path):
     return [parent / name for parent in (path.parent, path.parent.parent) for name in names]
 
 
+def entries(content, *keys):
+    """The values of these keys in each of some JSON objects that has them, and plain ones."""
+    for entry in content:
+        with contextlib.suppress(TypeError, LookupError):
+            values = [entry[key] for key in keys]
+            hash(tuple(values))
+            yield values
+
+
 def coco_records(path, found):
     """The images of a COCO captions file, with all their captions, from the folder that has most of them."""
     captions, folders = {}, coco_folders(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        images = [image for image in content["images"] if isinstance(image["file_name"], str)]
-        names = {image["id"]: image["file_name"] for image in images}
-        for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(clean_text(annotation["caption"]))
-        first = images[0]["file_name"]
+        names = {
+            key: name for key, name in entries(content["images"], "id", "file_name") if type(name) is str
+        }
+        for key, caption in entries(content["annotations"], "image_id", "caption"):
+            captions.setdefault(key, []).append(clean_text(caption))
+        first = list(names.values())[0]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         shape = '{"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}'
         reason = f"{type(error).__name__}: {error}"
@@ -234,19 +261,19 @@ def coco_records(path, found):
         raise ValueError(f"{path}: its pictures ({first}, ...) are not there; looked in {looked}")
     for _ in range(len(content["images"]) - len(names)):
         found.skip("images with an id that was there before, or without a name", path, lost=0)
-    for number, name in names.items():
-        texts = list(filter(None, captions.pop(number, [])))
+    for key, name in names.items():
+        texts = list(filter(None, captions.pop(key, [])))
         if leads_out(name):
             found.skip("names that lead out of the folder", name)
         elif not texts:
             found.skip("without a caption", name)
-        elif not os.path.isfile(root / name):
+        elif not stamp(root / name):
             found.skip("without the picture", root / name)
         else:
             found.good += 1
-            yield record(name, texts, folders.index(root))
-    for number in captions:
-        found.skip("captions of unknown images", f"image_id {number}", lost=0)
+            yield name, texts, folders.index(root), 0, 0
+    for key in captions:
+        found.skip("captions of unknown images", f"image_id {key}", lost=0)
 
 
 # ---- Sources of pairs ----------------------------------------------------------------------------
@@ -258,22 +285,21 @@ def find(path, found):
     tars = [name for name in files if name.lower().endswith(".tar")]
     images = list(filter(is_image, files))
     texts = [name for name in files if name.lower().endswith(CAPTIONS)]
-    reason = "no pictures here" if path.is_dir() else "is no folder, .tar or .json"
-    if path.is_dir() and tars and images:
+    key = [(name, files[name]) for name in tars or images + texts]
+    if tars and images:
         both = f"{len(tars):,} tars and {len(images):,} pictures"
         raise ValueError(f"{path}: holds {both}; name the tars, or a folder of the pictures alone")
     if tars:
         places = [path / name for name in tars] if path.is_dir() else [path]
-        key = [(name, files[name]) for name in tars]
         return places, key, records(places, lambda place: tar_parts(place, found), found)
-    if path.is_dir() and images:
-        key = images, [(name, files[name]) for name in texts]
-        parts_of = lambda place: {name: (place / name, 0, LONGEST) for name in images + texts}
+    if images and path.is_dir():
+        parts_of = lambda place: {name: (place / name, 0, LARGEST) for name in images + texts}
         return [path], key, records([path], parts_of, found)
-    if files and path.suffix.lower() == ".json":
+    if texts and path.suffix.lower() == ".json" and path.is_file():
         folders = coco_folders(path)
         counts = [sum(map(is_image, os.listdir(f))) if f.is_dir() else 0 for f in folders]
-        return folders, (files, counts), coco_records(path, found)
+        return folders, key + counts, coco_records(path, found)
+    reason = "no pictures here" if path.is_dir() else "is no folder, .tar or .json"
     if ".tar" in path.suffixes:
         reason += "; a .tar must not be compressed"
     if not path.exists():
@@ -289,18 +315,27 @@ class Pairs:
     img2dataset and WebDataset write them, with files named so. COCO's captions JSON, the images in a folder
     near it; each epoch takes another one of an image's captions.
 
-    A tenth, by a hash of the name, is the "held_out" split; the rest is "train", in a new order each epoch;
-    "seen" is a part of it. What cannot be used is left out and counted. ValueError if that is too much.
+    A tenth, by a hash of the name (with by="folder": of the name's folder), is the "held_out" split; the
+    rest is "train", in a new order each epoch; "seen" is a part of it. What cannot be used is left out and
+    counted. ValueError if that is too much.
     """
 
     SPLITS = ("train", "seen", "held_out")
 
-    def __init__(self, path, image_size, split="train", seed=0, max_broken=0.05, cache="", latents=""):
-        self.options = path, image_size, split, seed, max_broken, cache, latents
+    def __init__(self, path, image_size, split="train", seed=0, max_broken=0.05, cache="", latents="", by=""):
+        self.options = path, image_size, split, seed, max_broken, cache, latents, by
         self.image_size, found = image_size, Found("pictures with captions")
         self.places, key, records = find(Path(path), found)
-        self.table = Table(path, key, records, found, split, seed, max_broken, cache)
-        load = Latents(latents, len(self.table.rows), image_size) if latents else self.read
+
+        def rows():
+            for name, captions, *where in records:
+                content = "\0".join([name, *captions]).encode(errors="surrogateescape")
+                shared = os.path.dirname(name) if by else ""
+                yield content, *where, side(shared or os.path.splitext(name)[0])
+
+        self.table = Table(path, (key, by), rows(), found, split, seed, max_broken, cache)
+        self.fingerprint = self.table.fingerprint
+        load = Latents(latents, self.table, image_size) if latents else self.read
         self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(load)  # at most 64 MB of pixels
 
     def __len__(self):
@@ -322,13 +357,15 @@ class Pairs:
         """The image in a row of the table, train and held out alike. Raises ValueError if it is broken."""
         _, place, offset, size, _ = self.table.rows[row]
         name = self._texts(row)[0]
-        if leads_out(name):  # the table may have come with the data
-            raise ValueError(f"{self._name(row)}: lies outside of the data")
+        file = self.places[place] / ("" if offset else name)
+        # The table may have come with the data: it is not believed beyond their rules.
+        if leads_out(name) or not stamp(file) or not 0 <= size <= LARGEST:
+            raise ValueError(f"{self._name(row)}: is not there, or lies outside of the data")
         if not offset:
-            return load_image(self.places[place] / name, self.image_size)
-        with opening(self.places[place], "a tar"):
-            file = io.BytesIO(read_part(self.places[place], offset, size))
-        return load_image(file, self.image_size, self._name(row))
+            return load_image(file, self.image_size)
+        with opening(file, "a tar"):
+            content = io.BytesIO(read_part(file, offset, size))
+        return load_image(content, self.image_size, self._name(row))
 
     def pair(self, index):
         """(caption, function that loads the image or raises ValueError); index runs on over the epochs."""

@@ -5,10 +5,13 @@ source of text has `ids(i)`. Everything is a function of (seed, index).
 """
 
 import itertools
+import os
 import sys
 from functools import lru_cache
+from multiprocessing import parent_process
 
 import numpy as np
+from tqdm import tqdm
 
 from data import document_length
 
@@ -51,9 +54,7 @@ def interleave(index, weights, seed):
     block, i = divmod(index, 1024)
     index = 1024 * block + shuffled(i, 1024, mix(seed, 9, block))
     for which in range(len(weights) - 1):
-        share = round(
-            weights[which] / sum(weights[which:]) * 2**32
-        )  # of those that the sources before have left
+        share = round(weights[which] / sum(weights[which:]) * 2**32)  # of what those before have left
         before = index * share >> 32
         if (index + 1) * share >> 32 > before:
             return which, before
@@ -66,28 +67,26 @@ class Mixture:
 
     def __init__(self, sources, weights, seed=0):
         self.sources, self.weights, self.seed = sources, weights, seed
+        self.fingerprint = ", ".join(source.fingerprint for source in sources)
 
     def __len__(self):
         return sum(map(len, self.sources))
 
-    def _at(self, index):
+    def _of(self, index, method):
         which, number = interleave(index, self.weights, self.seed)
-        return self.sources[which], number
+        return method(self.sources[which], number)
 
     def pair(self, index):
         """(caption, load) of pair number `index`."""
-        source, number = self._at(index)
-        return source.pair(number)
+        return self._of(index, lambda source, number: source.pair(number))
 
     def captions(self, index):
         """All that is written about its image."""
-        source, number = self._at(index)
-        return source.captions(number)
+        return self._of(index, lambda source, number: source.captions(number))
 
     def name(self, index):
         """What messages call it."""
-        source, number = self._at(index)
-        return source.name(number)
+        return self._of(index, lambda source, number: source.name(number))
 
 
 class WithText:
@@ -124,10 +123,20 @@ class WithText:
 # ---- What is left out ----------------------------------------------------------------------------
 
 
+# Of torchrun's processes, and of those that they start, one says what all of them know.
+FIRST = os.environ.get("RANK", "0") == "0" and parent_process() is None
+
+
 @lru_cache(maxsize=None)
-def say(message):
+def say(message, known=False):
     """Print on stderr what somebody should know, once, whatever odd characters a file's name brings."""
-    print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr, flush=True)
+    if FIRST or not known:
+        print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr, flush=True)
+
+
+def bar(work, name, **more):
+    """A progress bar over some work, if it takes long."""
+    return tqdm(work, name, unit="", delay=2, leave=False, disable=not FIRST, **more)
 
 
 class Skipped:
@@ -152,8 +161,8 @@ class Skipped:
             self.count(1)
         elif name not in self.too_long:
             self.too_long.add(name)
-            taken = f"{name} takes {length} positions and seq_len is {seq_len}"
-            message = f"{taken}; raise --seq_len or shorten its caption"
+            advice = "raise --seq_len or shorten its caption"
+            message = f"{name} takes {length} positions and seq_len is {seq_len}; {advice}"
             if len(self.too_long) == documents.n_pairs:
                 raise ValueError(f"all {documents.n_pairs} pairs of a split are too long: {message}")
             self.count(1, [message])
@@ -165,10 +174,8 @@ class Skipped:
         for message in messages:
             say(f"skipped: {message}")
         if messages and self.skipped > self.max_broken * max(self.seen, 100):
-            share = f"{self.skipped} of {self.seen} {self.what} had to be left out"
-            raise ValueError(
-                f"{share}, more than --max_broken {self.max_broken:g} allows; the last: {messages[-1]}"
-            )
+            share = f"{self.skipped} of {self.seen} {self.what} had to be left out, more than --max_broken"
+            raise ValueError(f"{share} {self.max_broken:g} allows; the last: {messages[-1]}")
 
 
 def fitting(pairs, n, tokenizer, seq_len, n_patches):
@@ -179,11 +186,10 @@ def fitting(pairs, n, tokenizer, seq_len, n_patches):
     numbers = range(len(pairs)) if hasattr(pairs, "__len__") else itertools.count()
     room = seq_len - n_patches - 3  # without <BOS>, <BOI>, <EOI>
     short = (i for i in numbers if len(tokenizer.encode(pairs.captions(i)[0])) <= room)
-    found = list(itertools.islice(short, n))
-    if not found:
-        taken = f"no caption is short enough for seq_len {seq_len}, of which a picture takes {n_patches + 2}"
-        raise ValueError(f"{taken}; raise --seq_len")
-    return found
+    if found := list(itertools.islice(short, n)):
+        return found
+    taken = f"no caption is short enough for seq_len {seq_len}, of which a picture takes {n_patches + 2}"
+    raise ValueError(f"{taken}; raise --seq_len")
 
 
 def readable(pairs, numbers, n, skipped):
@@ -191,13 +197,10 @@ def readable(pairs, numbers, n, skipped):
 
     skipped: counts the others, and stops if they are too many. Raises ValueError if n + 100 cannot be read.
     """
-    found, errors = [], []
-    for number in numbers:
-        if len(found) == n:
-            break
-        _, load = pairs.pair(number)
+    found, errors, numbers = [], [], iter(numbers)
+    while len(found) < n and (number := next(numbers, None)) is not None:
         try:
-            found.append((number, load()))
+            found.append((number, pairs.pair(number)[1]()))
         except ValueError as error:
             errors.append(str(error))
             if len(errors) >= n + 100:

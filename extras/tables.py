@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import stat
 import struct
 import tempfile
@@ -10,9 +11,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from extras.sources import mix, say, shuffled
+from extras.sources import bar, mix, say, shuffled
+
+RULES = 2  # of what a table keeps: to be counted up when they change
 
 
 class Found:
@@ -47,7 +49,7 @@ def listed(paths):
 
 def stamp(path):
     """What tells a file's present content from that of another time; None if it is no regular file."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         status = os.stat(path)
         return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
@@ -62,11 +64,11 @@ def files_below(path, found):
         return {os.path.basename(path): stamp(path)}
     unread = lambda error: found.skip("folders that cannot be read", error.filename)
     for place, folders, names in os.walk(path, followlinks=True, onerror=unread):
-        real = os.path.realpath(place)
-        folders[:] = [name for name in sorted(folders) if real not in entered and not name.startswith(".")]
-        names = [name for name in names if real not in entered and not name.startswith(".")]
-        entered.add(real)
-        for file in [os.path.join(place, name) for name in names]:
+        new, seen = os.path.realpath(place) not in entered, lambda name: not name.startswith(".")
+        entered.add(os.path.realpath(place))
+        folders[:] = sorted(filter(seen, folders)) if new else []
+        for name in filter(seen, names if new else []):
+            file = os.path.join(place, name)
             if when := stamp(file):
                 files[file[start:]] = when
             else:
@@ -74,38 +76,58 @@ def files_below(path, found):
     return dict(sorted(files.items()))
 
 
-def held_out(name):
-    """Is what is called so one of the tenth that is never trained on?"""
-    return int(sha256(name.encode(errors="surrogateescape")).hexdigest(), 16) % 10 == 0
+def side(name):
+    """The number below 2^63 that decides on which side a name falls: held out if 10 divides it."""
+    return int(sha256(name.encode(errors="surrogateescape")).hexdigest(), 16) % (10 * 2**59)
+
+
+def held_out(sides):
+    """Which of these are the tenth that is never trained on: as bool (N,). What has one name has one side."""
+    n, out = len(sides), sides % 10 == 0
+    if abs(out.sum() - n / 10) > 2 * n**0.5:  # never by chance: many share a name
+        out = sides <= np.sort(sides)[n // 10]
+    if not out.any() or out.all():  # a handful: the first is the held-out one
+        out = sides == sides[0]
+    return np.arange(n) == 0 if out.all() else out
 
 
 class Table:
-    """Records, each of bytes and three numbers, in two files that are mapped into memory.
+    """Records, each of bytes and four numbers, in two files that are mapped into memory.
 
-    `blob` is their bytes end to end. `rows` has five int64 a record: where its bytes end, the numbers, and 1
-    if it is held out. records: the generator that reads them. It is started where there is no table yet, or
-    `key`, which tells what it reads, has changed. The table is kept in the folder `cache`, or beside the
-    source in .transfusion, or in out/cache. Length and `at` are those of a split.
+    `blob` is their bytes end to end. `rows` has five int64 a record: where its bytes end, and its numbers,
+    the last of which is its `side`. records: the generator that reads them. It is started where there is no
+    whole table yet, or `key`, which tells what it reads, has changed. The table is kept in the folder
+    `cache`, or beside the source in .transfusion, or in out/cache. Length and `at` are those of a split.
+    fingerprint: how many they are, and a hash of their names, wherever they lie.
     """
 
     def __init__(self, source, key, records, found, split, seed, max_broken, cache):
         source, self.seed = Path(source), seed
-        name = f"{source.stem}-{sha256(repr((found.what, key, max_broken)).encode()).hexdigest()[:16]}"
+        name = f"{source.stem}-{sha256(repr((RULES, found.what, key, max_broken)).encode()).hexdigest()[:16]}"
         beside = source if source.is_dir() else source.parent
         places = [Path(cache)] if cache else [beside / ".transfusion", Path("out/cache")]
-        made = [place / name for place in places if (place / name).is_dir()]
-        folder = made[0] if made else self._make(source, places, name, records, found, max_broken)
-        self.blob = np.memmap(folder / "blob", np.uint8, "r")
-        self.rows = np.memmap(folder / "rows", np.int64, "r").reshape(-1, 5)
+        if not any(self._open(place / name) for place in places):
+            self._open(self._make(source, places, name, records, found, max_broken))
         if len(self.rows) < 2:
             needed = "at least two are needed, one of them to be held out"
             raise ValueError(f"{source}: holds only one of {found.what}; {needed}")
-        out = self.rows[:, 4] > 0
-        if not 0 < out.sum() < len(out):  # a handful: the first is the held-out one
-            out = np.arange(len(out)) == 0
+        out = held_out(self.rows[:, 4])
         self.members = np.flatnonzero(out == (split == "held_out"))
-        note, n = (folder / "note").read_text(encoding="utf-8"), out.sum()
-        say(f"{source}: reading it once found {note}; records to train on: {len(out) - n:,}, held out: {n:,}")
+        sizes = f"records to train on: {len(out) - out.sum():,}, held out: {out.sum():,}"
+        say(f"{source}: reading it once found {self.note}; {sizes}", known=True)
+        names = sha256(self.rows[:, 4].tobytes()).hexdigest()[:8]
+        self.fingerprint = f"{len(out):,} {found.what} ({names})"
+
+    def _open(self, folder):
+        """Map the table in a folder -> is it there, and whole?"""
+        if not all(stamp(folder / name) for name in ("blob", "rows", "note")):
+            return False
+        with contextlib.suppress(OSError, ValueError):
+            self.blob = np.memmap(folder / "blob", np.uint8, "r")
+            self.rows = np.memmap(folder / "rows", np.int64, "r").reshape(-1, 5)
+            self.note = (folder / "note").read_text(encoding="utf-8")
+            ends = self.rows[:, 0]
+            return bool((np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(self.blob))
 
     def _make(self, source, places, name, records, found, max_broken):
         """Read the records -> the folder of the table. Several processes may do so at the same time."""
@@ -116,12 +138,13 @@ class Table:
                 break
         else:
             raise ValueError(f"--cache {place}: cannot be written to; name another folder with --cache")
-        say(f"{source}: reading it once; what is found is kept in {place}")
+        shutil.rmtree(place / name, ignore_errors=True)  # one that is broken
+        say(f"{source}: reading it once; what is found is kept in {place}", known=True)
         with unfinished as made:
             made, end = Path(made) / "table", 0
             made.mkdir()
             with open(made / "blob", "wb") as blob, open(made / "rows", "wb") as rows:
-                for data, *numbers in tqdm(records, "reading", unit="", delay=2, leave=False):
+                for data, *numbers in bar(records, "reading"):
                     end += len(data)
                     blob.write(data)
                     rows.write(struct.pack("=5q", end, *numbers))

@@ -836,7 +836,8 @@ def test_training_with_captions_too_long_to_draw(tmp_path):
 
 
 def test_training_with_a_tokenizer_json(tokenizer_json, shards, tmp_path):
-    code, _, err = run_here("train.py", *flags(**TINY, data=shards, tokenizer=tokenizer_json, out=tmp_path / "out"))
+    tiny = {name: value for name, value in TINY.items() if name != "merges"}
+    code, _, err = run_here("train.py", *flags(**tiny, data=shards, tokenizer=tokenizer_json, out=tmp_path / "out"))
     assert code == 0, err
     tokenizer_json.unlink()  # the checkpoint has it
     assert isinstance(load(tmp_path / "out").tokenizer, JSONTokenizer)
