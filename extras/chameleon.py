@@ -15,7 +15,6 @@ from torch import nn
 
 from attention_mask import TEXT
 from data import NO_LOSS
-from diffusion import guide
 from extras.engine import Engine, pick_tokens, to_pil
 from model import Block, Transfusion
 from vae import VAE, VAEConfig
@@ -256,7 +255,6 @@ class CodeEngine(Engine):
     That is <BOI> at first. After the last, one more call leaves that code's keys and values behind.
     """
 
-    SETTINGS = ("guidance_scale", "code_temperature", "code_top_p")
     IMAGES = "this model samples the codes of its images one by one, and has no denoising steps"
 
     @staticmethod
@@ -275,9 +273,8 @@ class CodeEngine(Engine):
         side = trained.model.config.latent_size
         return to_pil(trained.vae.decode_codes(codes.view(1, side, side))[0])
 
-    def prepare_images(self, n_images, settings):
-        self.steps, self.temperature = self.n_patches, settings["code_temperature"]
-        self.top_p = settings["code_top_p"]
+    def prepare_images(self, n_images):
+        self.steps = self.n_patches
 
     def embed_prompts(self, batch):
         if len(batch.images):
@@ -299,10 +296,11 @@ class CodeEngine(Engine):
         starts = [start + n - 1 for start, n in zip(starts, done)]
         h = self.run(self.model.embedding(tokens.repeat_interleave(self.branches))[:, None], rows, starts)
         logits = self.model.head(h[:, 0]).float()[:, self.tokenizer.vocab_size :]
-        return guide(logits[0::2], logits[1::2], self.guidance_scale) if self.branches == 2 else logits
+        return self.guided(logits) if self.branches == 2 else logits
 
     def move(self, sequences, logits):
         u = torch.stack([torch.rand((), generator=s.generator) for s in sequences]).to(self.device)
-        codes = pick_tokens(logits, torch.full_like(u, self.temperature), u, top_p=self.top_p)
+        temperature = torch.full_like(u, self.options.code_temperature)
+        codes = pick_tokens(logits, temperature, u, top_p=self.options.code_top_p)
         for sequence, code in zip(sequences, codes):
             sequence.x[sequence.step] = code

@@ -14,11 +14,12 @@ with them: what came before is in the cache. A mask is needed only to hide unuse
 """
 
 import itertools
+import math
 import warnings
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -29,10 +30,9 @@ from diffusion import guide, needs_noise
 from extras.cli import RANGES, RULE
 from extras.pairs import fit_image
 
-TEXT_CALLS = (
-    4  # tokens for each sequence in text mode between two denoising steps; see tests/bench.py sampling
-)
-COMPILE_FROM = 10_000  # denoising steps, on CUDA, that repay a minute of compilation
+# Tokens for each sequence in text mode between two denoising steps; see tests/bench.py sampling.
+TEXT_CALLS = 4
+COMPILE_FROM = {"cuda": 10_000}  # denoising steps that repay a minute of compilation, by device
 
 
 class KVCache:
@@ -52,9 +52,9 @@ class KVCache:
         self.row_index = torch.tensor(rows, device=self.k.device)[:, None]
         self.positions, self.visible = positions, visible
         # Evenly spaced rows are looked at where they lie; others are copied in every layer of every call.
-        evenly = range(rows[0], rows[-1] + 1, rows[1] - rows[0] if len(rows) > 1 else 1)
-        is_even = list(evenly) == rows
-        self.rows = slice(evenly.start, evenly.stop, evenly.step) if is_even else self.row_index[:, 0]
+        evenly = slice(rows[0], rows[-1] + 1, rows[1] - rows[0] if len(rows) > 1 else 1)
+        is_even = list(range(self.k.shape[1])[evenly]) == rows
+        self.rows = evenly if is_even else self.row_index[:, 0]
         return self
 
     def update(self, layer, k, v):
@@ -63,21 +63,6 @@ class KVCache:
         self.v[layer, self.row_index, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)
         seen = layer, self.rows, slice(None), slice(self.visible)
         return self.k[seen].to(k.dtype), self.v[seen].to(v.dtype)
-
-
-@dataclass
-class Options:
-    """What `generate` takes besides documents, seeds and the settings of images."""
-
-    draw: bool = True  # a document that ends in text goes on with an image; False lets the model decide
-    temperature: float | None = None  # 0 = greedy; None = 0 after a prompt, 1 from nothing
-    top_k: int = 0  # sample text among the k likeliest tokens; 0 = all
-    top_p: float = 1.0  # and among the likeliest that together have this probability
-    max_tokens: int = 256  # at most so many new ones a document; it ends where trained sequences do, too
-    max_images: int = 1  # at most so many new ones a document
-    max_batch: int = 64  # documents in work at a time; as one ends, the next takes its place
-    on_text: Callable | None = None  # on_text(number, piece) is called as text is sampled
-    on_step: Callable | None = None  # on_step(number, steps done, x_t), as an image begins and at each step
 
 
 @dataclass
@@ -91,12 +76,11 @@ class Sequence:
     tokens_left: int
     images_left: int
     position: int  # of the next token or patch, in the document and in the cache
+    token: int | None  # the last one, which may be yet to be run; None = none but the prompt's
     step: int | None = None  # denoising steps done; None = in text mode
-    after_image: bool = False  # <EOI> comes next
     new: list = field(default_factory=list)  # ids and latents, in order
     said: int = 0  # characters of the current text that were reported
     place: int = 0  # where it stands in the engine's batch, and in the cache
-    logits: torch.Tensor | None = None  # of the next token
     x: torch.Tensor | None = None  # the image x_t
     x_0: torch.Tensor | None = None  # the last step's estimate of the clean image
 
@@ -107,12 +91,11 @@ class Engine:
     With guidance a place has two rows of the cache, of which the second is the guidance branch's.
     """
 
-    SETTINGS = ("steps", "sampler", "guidance_scale", "eta")  # of images
-    IMAGES = "this model denoises its images"  # the reason why it has no other settings
+    IMAGES = "this model denoises its images"  # the reason why it has no other settings of images
 
     @staticmethod
     def defaults(trained):
-        """The settings of the training run."""
+        """The settings of images, those of the training run."""
         return vars(trained.sampling) | {"eta": 0.0}
 
     @staticmethod
@@ -125,35 +108,30 @@ class Engine:
         """Latents (C, H, W) -> PIL image."""
         return to_pil(trained.vae.decode(latents[None])[0])
 
-    def __init__(self, trained, n_places, cache_length, n_images, settings, options):
+    def __init__(self, trained, n_places, cache_length, n_images, options):
         self.trained, self.model, self.tokenizer = trained, trained.model, trained.tokenizer
-        self.options, self.guidance_scale = options, settings["guidance_scale"]
-        c, self.device = self.model.config, next(self.model.parameters()).device
-        self.causal = c.image_attention == "causal"
-        self.n_patches, self.limit = c.n_patches, trained.data.seq_len
+        self.options, self.config = options, self.model.config
+        self.device = self.model.embedding.weight.device
+        self.n_patches, self.limit = self.config.n_patches, trained.data.seq_len
+        self.causal = self.config.image_attention == "causal"
         self.sequences = [None] * n_places  # None: the place is free
-        self.branches = 1 if self.guidance_scale == 1.0 else 2  # cache rows of each place
-        self.prepare_images(n_images, settings)
+        self.branches = 1 if options.guidance_scale == 1.0 else 2  # cache rows of each place
+        self.prepare_images(n_images)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        length = max(cache_length, 2 + c.n_patches)
-        self.cache = KVCache(c, self.branches * n_places, length, self.device, dtype)
+        length = max(cache_length, 2 + self.n_patches)
+        self.cache = KVCache(self.config, self.branches * n_places, length, self.device, dtype)
         if self.branches == 2:
             h = self.model.embedding(self.tensor([[self.tokenizer.bos, self.tokenizer.boi]] * n_places))
             causal = self.tensor([[True, False], [True, True]])
             self.run(h, range(1, 2 * n_places, 2), [0] * n_places, causal)
 
-    def prepare_images(self, n_images, settings):
-        """What image mode needs."""
-        c, self.steps = self.model.config, settings["steps"]
-        self.sampler, self.eta = settings["sampler"], settings["eta"]
-        self.noisy = needs_noise(self.sampler, self.eta)
+    def prepare_images(self, n_images):
+        """What image mode needs; at most so many images are to come."""
+        c, self.steps = self.config, self.options.steps
+        self.noisy = needs_noise(self.options.sampler, self.options.eta)
         self.timesteps = torch.tensor(self.trained.ddpm.sampling_timesteps(self.steps) + [0])  # last: clean
         self.shape = c.latent_channels, c.latent_size, c.latent_size
-        self.compiled = self.compiles(n_images * self.steps)
-
-    def compiles(self, image_steps):
-        """Does it pay to compile the denoising step?"""
-        return self.device.type == "cuda" and image_steps >= COMPILE_FROM
+        self.compiled = n_images * self.steps >= COMPILE_FROM.get(self.device.type, math.inf)
 
     def tensor(self, values):
         return torch.tensor(values, device=self.device)
@@ -190,82 +168,72 @@ class Engine:
 
     def admit(self, waiting):
         """Move waiting sequences to the free places, and run their prompts, padded on the right."""
-        free = [place for place, s in enumerate(self.sequences) if s is None][: len(waiting)]
-        if not free:
+        new = []
+        for place, taken in enumerate(self.sequences):
+            if waiting and not taken:
+                new.append(waiting.popleft())
+                new[-1].place, self.sequences[place] = place, new[-1]
+        if not new:
             return
-        for place in free:
-            self.sequences[place] = waiting.popleft()
-            self.sequences[place].place = place
-        new = [self.sequences[place] for place in free]
         lengths = self.tensor([s.position for s in new])
         rows = [[s.prompt] for s in new]
         batch = collate(rows, self.tokenizer, int(lengths.max()), self.n_patches).to(self.device)
-        # Padding comes last, so nothing looks at it; prompts of text alone share one mask.
-        mask = transfusion_mask(batch.image_id[: len(new) if len(batch.images) else 1], causal=self.causal)
+        mask = transfusion_mask(batch.image_id, causal=self.causal)  # nothing looks at padding: it comes last
         h = self.run(self.embed_prompts(batch), self.slots(new)[0], [0] * len(new), mask)
-        h = h[torch.arange(len(new), device=self.device), lengths - 1]  # (R, dim)
-        for sequence, logits in zip(new, self.model.head(h).float()):
-            sequence.logits = logits
-            if sequence.step == 0:
-                self.begin_image(sequence)
+        self.go_on(new, h[torch.arange(len(new), device=self.device), lengths - 1])
 
     def embed_prompts(self, batch):
         """A Batch of prompts -> what the trunk takes (R, S, dim); images are clean."""
-        x_0 = torch.zeros(0, *self.shape, device=self.device)
-        if len(batch.images):
-            with torch.autocast(self.device.type, enabled=False):
-                x_0 = self.trained.vae.encode(batch.images)
+        if not len(batch.images):
+            return self.model.embedding(batch.tokens)
+        with torch.autocast(self.device.type, enabled=False):
+            x_0 = self.trained.vae.encode(batch.images)
         t = torch.zeros(len(x_0), dtype=torch.long, device=self.device)
         return self.model.embed(batch.tokens, batch.image_id, x_0, t)[0]
 
     # ---- Text mode ----
 
     def text_step(self):
-        """One token for each sequence in text mode."""
+        """Run the token of each sequence in text mode."""
         sequences = self.in_mode(drawing=False)
-        tokens = self.sample_tokens(sequences) if sequences else []
-        going_on = [(s, token) for s, token in zip(sequences, tokens) if self.accept(s, token)]
-        if not going_on:
-            return
-        sequences, tokens = zip(*going_on)
-        h = self.run(self.model.embedding(self.tensor(tokens)[:, None]), *self.slots(sequences))
-        for sequence, token, logits in zip(sequences, tokens, self.model.head(h[:, 0]).float()):
-            sequence.logits, sequence.after_image = logits, False
-            sequence.position += 1
-            if token == self.tokenizer.boi:
-                sequence.images_left -= 1
-                self.begin_image(sequence)
+        if sequences:
+            tokens = self.tensor([[s.token] for s in sequences])
+            h = self.run(self.model.embedding(tokens), *self.slots(sequences))
+            for sequence in sequences:
+                sequence.position += 1
+            self.go_on(sequences, h[:, 0])
 
-    def sample_tokens(self, sequences):
-        """The next token of each. <EOI> is inserted; <BOI> only if an image is left, and fits."""
-        t = self.tokenizer
-        logits = torch.stack([s.logits for s in sequences])  # (R, vocab_size)
+    def go_on(self, sequences, h):
+        """Begin an image where the last token is <BOI>, and sample the next token elsewhere. h: (R, dim)."""
+        t, writing = self.tokenizer, [s.token != self.tokenizer.boi for s in sequences]
+        for sequence in sequences:
+            if sequence.token == t.boi:
+                self.begin_image(sequence)
+        if not any(writing):
+            return
+        sequences = list(itertools.compress(sequences, writing))
+        tokens = self.sample_tokens(sequences, self.model.head(h[writing]).float())
+        for sequence, token in zip(sequences, tokens):
+            sequence.token = token
+            if token not in (t.eos, t.boi):
+                sequence.new.append(token)
+                sequence.tokens_left -= 1
+                self.say(sequence)
+            used_up = sequence.position >= self.limit or (sequence.tokens_left <= 0 and token != t.boi)
+            if token == t.eos or used_up:
+                self.finish(sequence)
+
+    def sample_tokens(self, sequences, logits):
+        """The next token of each: logits (R, vocab_size). <BOI> only if an image is left, and fits."""
+        t, last = self.tokenizer, self.limit - self.n_patches - 1  # position from which an image fits
         logits[:, [t.bos, t.eoi, t.pad]] = -torch.inf
         logits[:, t.vocab_size :] = -torch.inf  # codes, if it has them
-        last = self.limit - self.n_patches - 1  # position from which an image fits
-        full = self.tensor([s.images_left <= 0 or s.position > last for s in sequences])
+        full = [s.images_left <= 0 or s.position > last for s in sequences]
         logits[full, t.boi] = -torch.inf
-        u = torch.zeros(len(sequences))
-        for n, sequence in enumerate(sequences):
-            if sequence.temperature > 0 and not sequence.after_image:
-                u[n] = torch.rand((), generator=sequence.generator)
         temperature = self.tensor([s.temperature for s in sequences])
+        u = [float(torch.rand((), generator=s.generator)) if s.temperature > 0 else 0.0 for s in sequences]
         among = self.options.top_k, self.options.top_p
-        tokens = pick_tokens(logits, temperature, u.to(self.device), *among).tolist()
-        return [t.eoi if s.after_image else token for s, token in zip(sequences, tokens)]
-
-    def accept(self, sequence, token):
-        """Note the new token of a sequence, and finish the sequence if that was its last -> does it go on?"""
-        t = self.tokenizer
-        if token not in (t.eos, t.boi, t.eoi):
-            sequence.new.append(token)
-            sequence.tokens_left -= 1
-            self.say(sequence)
-        used_up = sequence.position >= self.limit or (sequence.tokens_left <= 0 and token != t.boi)
-        if token == t.eos or used_up:
-            self.finish(sequence)
-            return False
-        return True
+        return pick_tokens(logits, temperature, self.tensor(u), *among).tolist()
 
     def finish(self, sequence):
         """Free the place of a sequence."""
@@ -293,21 +261,29 @@ class Engine:
         """Put a sequence in image mode."""
         self.say(sequence, everything=True)
         sequence.step, sequence.said = 0, 0
+        sequence.images_left -= 1
         sequence.x = sequence.x_0 = self.noise([sequence])[0]
-        if self.options.on_step:
-            self.options.on_step(sequence.number, 0, sequence.x)
+        self.options.on_step(sequence.number, sequence.step, sequence.x)
 
     def image_step(self):
         """One denoising step for each sequence in image mode, or the call that shows it its clean image."""
         sequences = self.in_mode(drawing=True)
-        if not sequences:
-            return
         going = [n for n, s in enumerate(sequences) if s.step < self.steps]
-        prediction = self.predict(sequences, self.branches if going else 1)
+        if sequences:
+            prediction = self.predict(sequences, self.branches if going else 1)
         if going:
             self.move([sequences[n] for n in going], prediction[going])
         for sequence in sequences:
-            self.advance(sequence)
+            sequence.step += 1
+            if sequence.step > self.steps:
+                sequence.position += self.n_patches
+                sequence.step, sequence.token = None, self.tokenizer.eoi
+                continue
+            self.options.on_step(sequence.number, sequence.step, sequence.x)
+            if sequence.step == self.steps:
+                sequence.new.append(sequence.x)
+                if sequence.tokens_left <= 0 or sequence.position + self.n_patches >= self.limit:
+                    self.finish(sequence)  # nothing follows that could see it
 
     def predict(self, sequences, branches):
         """What the model predicts for the images, with guidance if there are two branches -> (R, C, H, W)."""
@@ -326,7 +302,11 @@ class Engine:
                 self.compiled = False
         if not self.compiled:
             prediction = denoise(*inputs)
-        return guide(prediction[0::2], prediction[1::2], self.guidance_scale) if branches == 2 else prediction
+        return self.guided(prediction) if branches == 2 else prediction
+
+    def guided(self, prediction):
+        """Of the sequences and their guidance branches in turn (2 R, ...) -> guided (R, ...)."""
+        return guide(prediction[0::2], prediction[1::2], self.options.guidance_scale)
 
     def move(self, sequences, prediction):
         """One step of the sampler for each of these images."""
@@ -334,26 +314,12 @@ class Engine:
         t, s = self.timesteps[step], self.timesteps[step + 1]
         t_before = torch.where(step > 0, self.timesteps[step - 1], 0)
         x_t = torch.stack([s.x for s in sequences])
-        x_0 = torch.stack([s.x_0 for s in sequences])
+        before = t_before, torch.stack([s.x_0 for s in sequences])
         noise = self.noise(sequences) if self.noisy else None
-        before = t_before, x_0
-        x_s, x_0 = self.trained.ddpm.step(self.sampler, prediction, x_t, t, s, noise, self.eta, *before)
+        sampler, eta = self.options.sampler, self.options.eta
+        x_s, x_0 = self.trained.ddpm.step(sampler, prediction, x_t, t, s, noise, eta, *before)
         for n, sequence in enumerate(sequences):
             sequence.x, sequence.x_0 = x_s[n], x_0[n]
-
-    def advance(self, sequence):
-        """Note that a sequence has made a step of its image, or was shown the whole."""
-        sequence.step += 1
-        if sequence.step > self.steps:
-            sequence.position += self.n_patches
-            sequence.step, sequence.after_image = None, True
-            return
-        if self.options.on_step:
-            self.options.on_step(sequence.number, sequence.step, sequence.x)
-        if sequence.step == self.steps:
-            sequence.new.append(sequence.x)
-            if sequence.tokens_left <= 0 or sequence.position + self.n_patches >= self.limit:
-                self.finish(sequence)  # nothing follows that could see it
 
 
 def denoise(model, cache, x, t, positions, mask):
@@ -393,85 +359,64 @@ def pick_tokens(logits, temperature, u, top_k=0, top_p=1.0):
 
 # ---- From documents to documents -----------------------------------------------------------------
 
+OPTIONS = dict(draw=True)  # a document that ends in text goes on with an image; False lets the model decide
+OPTIONS |= dict(temperature=None)  # 0 = greedy; None = 0 after a prompt, 1 from nothing
+OPTIONS |= dict(top_k=0)  # sample text among the k likeliest tokens; 0 = all
+OPTIONS |= dict(top_p=1.0)  # and among the likeliest that together have this probability
+OPTIONS |= dict(max_tokens=256)  # new ones a document, at most; it ends where trained sequences do, too
+OPTIONS |= dict(max_images=1)  # new ones a document, at most
+OPTIONS |= dict(max_batch=64)  # documents in work at a time; as one ends, the next takes its place
+OPTIONS |= dict(on_text=None)  # on_text(number, piece) is called as text is sampled
+OPTIONS |= dict(on_step=lambda *_: None)  # on_step(number, steps done, x_t): at 0 steps, and at each
 RULES = RULE | dict.fromkeys(("temperature", "top_k", "max_tokens", "max_images"), "0 or above")
 RULES |= {"max_batch": "above 0", "top_p": "above 0 and at most 1"}
 
 
 @torch.inference_mode()
-def generate(trained, documents, seeds=None, engine=Engine, **options):
+def generate(trained, documents, seeds=None, engine=Engine, **given):
     """Continue documents, each a list of strings and PIL images ([] = from nothing), prompts included.
 
     seeds: one a document (default 0, 1, ...); what becomes of it depends on its own seed and prompt only
-    engine: the class that does it; options: see `Options`, and for images `engine.SETTINGS`
+    engine: the class that does it; given: see OPTIONS, and for images `engine.defaults`
     Raises ValueError for a prompt that is empty or too long, or an option out of range.
     """
-    known = {name: options.pop(name) for name in vars(Options()) if name in options}
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given.keys() - set(engine.SETTINGS):
-        names = ", ".join(engine.SETTINGS)
+    options = OPTIONS | engine.defaults(trained)
+    for name in given.keys() - options.keys():
+        names = ", ".join(engine.defaults(trained))
         raise ValueError(f"{name} is {given[name]}, but {engine.IMAGES}; it has the settings {names}")
-    settings, options = engine.defaults(trained) | given, Options(**known)
-    for name, value in (vars(options) | settings).items():
+    options = SimpleNamespace(**options | given)
+    for name, value in vars(options).items():
         if name in RULES and value is not None and not RANGES[RULES[name]](value):
             raise ValueError(f"{name} is {value}; it must be {RULES[name]}")
-    sequences = to_sequences(documents, seeds, trained, options)
-    waiting = deque(s for s in sequences if s.tokens_left > 0 or s.step == 0)
+    if not isinstance(documents, list) or not all(isinstance(document, list) for document in documents):
+        raise ValueError("documents must be lists of strings and PIL images in a list, as [['a cat']]")
+    seeds = range(len(documents)) if seeds is None else seeds
+    if len(seeds) != len(documents):
+        raise ValueError(f"there are {len(seeds)} seeds for {len(documents)} documents; give one for each")
+    numbered = enumerate(zip(documents, seeds))
+    sequences = [to_sequence(n, document, seed, trained, options) for n, (document, seed) in numbered]
+    waiting = deque(s for s in sequences if s.tokens_left > 0 or s.token is not None)
     n_places = min(options.max_batch, max(1, len(waiting)))
     more = options.max_tokens + max(1, options.max_images) * (trained.model.config.n_patches + 2)
     length = min(trained.data.seq_len, max((s.position + more for s in waiting), default=0))
-    device = next(trained.model.parameters()).device
+    device = trained.model.embedding.weight.device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        work = engine(trained, n_places, length, options.max_images * len(waiting), settings, options)
+        work = engine(trained, n_places, length, options.max_images * len(waiting), options)
         while waiting or any(work.sequences):
             for _ in range(TEXT_CALLS):
-                work.admit(waiting)
                 work.text_step()
+                work.admit(waiting)
             work.image_step()
     return [document + to_document(s.new, trained, engine) for document, s in zip(documents, sequences)]
 
 
-def to_sequences(documents, seeds, trained, options):
-    """The Sequence of each document. Raises ValueError for a document that cannot be continued."""
-    kinds = {type(document) for document in documents} if isinstance(documents, (list, tuple)) else {None}
-    if kinds - {list}:
-        raise ValueError("documents must be lists of strings and PIL images in a list, as [['a cat']]")
-    seeds = list(range(len(documents)) if seeds is None else seeds)
-    if len(seeds) != len(documents):
-        raise ValueError(f"there are {len(seeds)} seeds for {len(documents)} documents; give one for each")
-    sequences, n_patches = [], trained.model.config.n_patches
-    for document, seed in zip(documents, seeds):
-        prompt, drawing = to_segments(document, trained, options.draw)
-        if drawing and options.max_images < 1:
-            advice = "draw=False (--free) lets the model go on with text"
-            raise ValueError(f"max_images is 0, but a document that ends in text is drawn at once; {advice}")
-        position = document_length(prompt, n_patches)
-        limit = trained.data.seq_len - (n_patches + 1 if drawing else 0)
-        if position > limit:
-            most = f"at most {limit} fit the model's sequences of {trained.data.seq_len}"
-            raise ValueError(f"the prompt takes {position} positions; {most}")
-        sequence = Sequence(
-            number=len(sequences),
-            prompt=prompt,
-            generator=torch.Generator().manual_seed(seed),
-            temperature=options.temperature,
-            tokens_left=options.max_tokens,
-            images_left=options.max_images - drawing,
-            position=position,
-            step=0 if drawing else None,
-        )
-        if options.temperature is None:
-            sequence.temperature = 0.0 if document else 1.0
-        sequences.append(sequence)
-    return sequences
-
-
-def to_segments(document, trained, draw):
-    """A list of strings and PIL images -> its segments, images as clean conditioning; is an image next?"""
-    segments = []
+def to_sequence(number, document, seed, trained, options):
+    """The Sequence of a document. Raises ValueError if it cannot be continued."""
+    segments, tokenizer, n_patches = [], trained.tokenizer, trained.model.config.n_patches
     for part in document:
         if isinstance(part, Image.Image):
             pixels = fit_image(part, trained.data.image_size)
-            segments.append(Picture(lambda pixels=pixels: pixels, 0))
+            segments.append(Picture(lambda pixels=pixels: pixels, 0))  # clean: conditioning
         elif not isinstance(part, str):
             found = f"here has a {type(part).__name__}; of an array, Image.fromarray makes an image"
             raise ValueError(f"a document is of strings and PIL images, and {found}")
@@ -479,21 +424,33 @@ def to_segments(document, trained, draw):
             advice = "say what to draw, or leave it out to let the model start by itself"
             raise ValueError(f"the prompt is empty; {advice}")
         else:
-            segments.append(trained.tokenizer.encode(text))
-    drawing = bool(draw and document and isinstance(document[-1], str))
+            segments.append(tokenizer.encode(text))
+    drawing = bool(options.draw and document and isinstance(document[-1], str))
+    limit = trained.data.seq_len
     if drawing:
-        segments.append([trained.tokenizer.boi])
-    return segments, drawing
+        segments.append([tokenizer.boi])
+        limit -= n_patches + 1
+        if options.max_images < 1:
+            advice = "draw=False (--free) lets the model go on with text"
+            raise ValueError(f"max_images is 0, but a document that ends in text is drawn at once; {advice}")
+    position = document_length(segments, n_patches)
+    if position > limit:
+        most = f"at most {limit} fit the model's sequences of {trained.data.seq_len}"
+        raise ValueError(f"the prompt takes {position} positions; {most}")
+    temperature = options.temperature
+    if temperature is None:
+        temperature = 0.0 if document else 1.0
+    generator = torch.Generator().manual_seed(seed)
+    left, token = (options.max_tokens, options.max_images), tokenizer.boi if drawing else None
+    return Sequence(number, segments, generator, temperature, *left, position, token)
 
 
 def to_document(items, trained, engine):
     """Ids and latents -> strings and PIL images."""
     document = []
     for is_text, run in itertools.groupby(items, lambda item: isinstance(item, int)):
-        if is_text:
-            document.append(trained.tokenizer.decode(list(run)))
-        else:
-            document += [engine.to_image(item, trained) for item in run]
+        texts = [trained.tokenizer.decode(list(run))] if is_text else []
+        document += texts or [engine.to_image(item, trained) for item in run]
     return document
 
 

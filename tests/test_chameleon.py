@@ -23,7 +23,7 @@ from train import parse, set_up, validate
 
 T = Tokenizer()
 V, CODES, SIDE = T.vocab_size, 12, 3  # codes are ids V..V+11, nine of them an image
-TINY_VQ = TINY | dict(config="chameleon", codebook=32)
+TINY_VQ = {name: value for name, value in TINY.items() if name != "steps"} | dict(config="chameleon", codebook=32)
 
 
 # ---- The batch ------------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_exported_and_read_back(chameleon_run, tmp_path):
 
 
 def test_small_with_discrete_images(tmp_path):
-    code, out, err = run_here("train.py", *flags(**TINY | dict(images="discrete", codebook=16, max_steps=2), out=tmp_path))
+    code, out, err = run_here("train.py", *flags(**TINY_VQ | dict(config="small", images="discrete", codebook=16, max_steps=2), out=tmp_path))
     assert code == 0 and "| codes " in out, err
 
 
@@ -275,7 +275,8 @@ def test_a_llama_learns_codes(chameleon_run, tmp_path):
     from test_weights import byte_llama
 
     weights = byte_llama(tmp_path / "llama")
-    options = TINY_VQ | dict(vae=chameleon_run[0] / "vae.pt", init_from=tmp_path / "llama", merges=0, seq_len=250, freeze_text=True, lr=1e-2, warmup=1, max_steps=2)
+    kept = {name: TINY_VQ[name] for name in ("config", "rows", "eval_documents", "judged")}  # the sizes are the Llama's
+    options = kept | dict(vae=chameleon_run[0] / "vae.pt", init_from=tmp_path / "llama", merges=0, seq_len=250, freeze_text=True, lr=1e-2, warmup=1, max_steps=2)
     code, out, err = run_here("train.py", *flags(**options, out=tmp_path / "out"))
     assert code == 0, err
     model = load(tmp_path / "out").model

@@ -253,7 +253,7 @@ def test_without_a_compiler_it_goes_on(talker, monkeypatch):
     trained, documents, options = tiny_trained(talker), [["a dot"], ["b"]], dict(max_tokens=0, guidance_scale=2.0)
     expected = generated(trained, documents, [0, 1], **options)
     monkeypatch.setattr(engine, "compiled_denoise", broken)
-    monkeypatch.setattr(engine.Engine, "compiles", lambda *_: True)
+    monkeypatch.setitem(engine.COMPILE_FROM, "cpu", 0)
     with pytest.warns(UserWarning, match="without torch.compile"):
         for a, b in zip(generated(trained, documents, [0, 1], **options), expected):
             same(a, b)
@@ -267,7 +267,7 @@ def test_compiled_equals_eager(talker, monkeypatch):
     trained, options = tiny_trained(talker), dict(max_tokens=0, guidance_scale=2.0)
     batches = [["ab"] * 2, ["ab", "abc"], ["abcde", "a", "abc"], ["abcd"] * 5]
     expected = [generated(trained, [[text] for text in batch], range(len(batch)), **options) for batch in batches]
-    monkeypatch.setattr(engine.Engine, "compiles", lambda *_: True)
+    monkeypatch.setitem(engine.COMPILE_FROM, "cpu", 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "going on without")
         for n, (batch, rows) in enumerate(zip(batches, expected)):
@@ -375,9 +375,9 @@ def test_documents_of_another_kind_are_refused(talker, documents, message):
 
 def test_a_character_is_reported_whole():
     said = []
-    options = engine.Options(on_text=lambda number, piece: said.append(piece))
+    options = SimpleNamespace(on_text=lambda number, piece: said.append(piece))
     stand_in = SimpleNamespace(tokenizer=T, options=options)
-    sequence = engine.Sequence(0, [], None, 0.0, 0, 0, 0)
+    sequence = engine.Sequence(0, [], None, 0.0, 0, 0, 0, None)
     for token in "né".encode():
         sequence.new.append(token)
         engine.Engine.say(stand_in, sequence)
