@@ -20,12 +20,11 @@ from model import Block, Transfusion
 from vae import VAE, VAEConfig
 
 # At the same FLOPs a step as `small`. As in the paper an image is four times as many codes (16) as patches.
-CHAMELEON = dict(images="discrete", post_norm=True, z_loss=1e-5)
+CHAMELEON = dict(images="discrete", post_norm=True, z_loss=1e-5, guidance_scale=1.5)
 CHAMELEON |= dict(lr=6e-3)  # draws more prompts right than 3e-3 and 1.2e-2
 CHAMELEON |= dict(seq_len=104, caption_first=0.6)  # drawing is the slow part here
 # Twice the downsampling of `small`, for 64 codes an image are learned far more slowly than 16.
 CHAMELEON |= dict(vae_unshuffle=8, vae_latent_channels=16, codebook=1024, vae_batch=32)
-CHAMELEON |= dict(guidance_scale=1.5)
 CHAMELEON |= dict(code_temperature=0.0)  # the likeliest code draws far more prompts right than a random one
 PRESETS = {"chameleon": CHAMELEON}
 
@@ -72,8 +71,12 @@ class Codebook(nn.Module):
             self.revive(flat, generator)
         codes = self.nearest(flat).view(z[:, 0].shape)
         found = self.look_up(codes)
-        if self.training:
-            self.learn(flat, codes.flatten())
+        if self.training:  # each vector moves towards the mean of its latents
+            flat_codes, sums = codes.flatten(), self.vectors * self.counts[:, None]
+            sums.lerp_(torch.zeros_like(sums).index_add_(0, flat_codes, flat), 1 - self.DECAY)
+            seen = torch.bincount(flat_codes, minlength=len(self.counts)).float()
+            self.counts.lerp_(seen, 1 - self.DECAY)
+            self.vectors.copy_(sums / self.counts[:, None])
         return found, codes
 
     def look_up(self, codes):
@@ -87,13 +90,6 @@ class Codebook(nn.Module):
         chosen = torch.randint(len(z), dead.shape, generator=generator, device=z.device)
         self.vectors.copy_(torch.where(dead[:, None], z[chosen], self.vectors))
         self.counts[dead] = share  # time to prove themselves
-
-    def learn(self, z, codes):
-        """Move each vector towards the mean of its latents."""
-        sums = self.vectors * self.counts[:, None]
-        sums.lerp_(torch.zeros_like(sums).index_add_(0, codes, z), 1 - self.DECAY)
-        self.counts.lerp_(torch.bincount(codes, minlength=len(self.counts)).float(), 1 - self.DECAY)
-        self.vectors.copy_(sums / self.counts[:, None])
 
 
 def codebook_usage(counts):
@@ -143,13 +139,11 @@ class VQVAE(VAE):
     def measure_statistics(self, images, batch):
         """As of a VAE; and how many codes are used."""
         super().measure_statistics(images, batch)
-        counts = torch.zeros(self.config.codebook, dtype=torch.long, device=self.usage.device)
-        for i in range(max(1, 2048 // batch)):
-            codes = self.codes(images(i * batch, batch).to(self.usage.device))
-            counts += torch.bincount(codes.flatten(), minlength=len(counts))
-        share, perplexity = codebook_usage(counts)
+        n, batches = self.config.codebook, range(max(1, 2048 // batch))
+        codes = [self.codes(images(i * batch, batch).to(self.usage.device)).flatten() for i in batches]
+        share, perplexity = codebook_usage(torch.cat(codes).bincount(minlength=n))
         self.usage.copy_(torch.tensor([share, perplexity]))
-        print(f"of {len(counts):,} codes {share:.1%} are used; perplexity {perplexity:.1f}", flush=True)
+        print(f"of {n:,} codes {share:.1%} are used; perplexity {perplexity:.1f}", flush=True)
 
 
 # ---- The model and its loss ----------------------------------------------------------------------
@@ -216,9 +210,9 @@ class Objective:
     def filled(self, batch):
         """A Batch on the device, its images as codes."""
         batch = batch.to(self.device)
-        return (
-            fill_codes(batch, self.vocab_size + self.vae.codes(batch.images)) if len(batch.images) else batch
-        )
+        if not len(batch.images):
+            return batch
+        return fill_codes(batch, self.vocab_size + self.vae.codes(batch.images))
 
     def each(self, model, batch, z_loss=0.0):
         """The loss at each position (B, S) of a filled Batch, 0 where there is no target."""
@@ -259,9 +253,8 @@ class CodeEngine(Engine):
 
     @staticmethod
     def defaults(trained):
-        extra = trained.extra
-        codes = dict(code_temperature=extra.code_temperature, code_top_p=extra.code_top_p)
-        return codes | dict(guidance_scale=trained.sampling.guidance_scale)
+        extra, guidance = trained.extra, dict(guidance_scale=trained.sampling.guidance_scale)
+        return guidance | dict(code_temperature=extra.code_temperature, code_top_p=extra.code_top_p)
 
     @staticmethod
     def count_steps(trained, settings):
@@ -288,19 +281,17 @@ class CodeEngine(Engine):
 
     def predict(self, sequences, branches):
         """The logits of the next codes (R, codes), guided."""
-        step = self.tensor([s.step for s in sequences])
-        last = torch.stack([s.x[s.step - 1] for s in sequences])
-        tokens = torch.where(step > 0, self.tokenizer.vocab_size + last, self.tokenizer.boi)
         rows, starts = self.slots(sequences, self.branches)
-        done = [s.step for s in sequences for _ in range(self.branches)]
-        starts = [start + n - 1 for start, n in zip(starts, done)]
-        h = self.run(self.model.embedding(tokens.repeat_interleave(self.branches))[:, None], rows, starts)
+        tokens, steps = zip(*((s.token, s.step) for s in sequences for _ in range(self.branches)))
+        starts = [start + step - 1 for start, step in zip(starts, steps)]
+        h = self.run(self.model.embedding(self.tensor(tokens)[:, None]), rows, starts)
         logits = self.model.head(h[:, 0]).float()[:, self.tokenizer.vocab_size :]
         return self.guided(logits) if self.branches == 2 else logits
 
     def move(self, sequences, logits):
-        u = torch.stack([torch.rand((), generator=s.generator) for s in sequences]).to(self.device)
+        u = self.tensor([torch.rand((), generator=s.generator) for s in sequences])
         temperature = torch.full_like(u, self.options.code_temperature)
         codes = pick_tokens(logits, temperature, u, top_p=self.options.code_top_p)
-        for sequence, code in zip(sequences, codes):
+        for sequence, code in zip(sequences, codes.tolist()):
             sequence.x[sequence.step] = code
+            sequence.token = self.tokenizer.vocab_size + code
