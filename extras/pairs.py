@@ -293,18 +293,17 @@ def find(path, found):
         places = [path / name for name in tars] if path.is_dir() else [path]
         return places, key, records(places, lambda place: tar_parts(place, found), found)
     if images and path.is_dir():
-        parts_of = lambda place: {name: (place / name, 0, LARGEST) for name in images + texts}
-        return [path], key, records([path], parts_of, found)
-    if texts and path.suffix.lower() == ".json" and path.is_file():
+        parts = {name: (path / name, 0, LARGEST) for name in images + texts}
+        return [path], key, records([path], lambda _: parts, found)
+    if texts and path.is_file() and path.suffix.lower() == ".json":
         folders = coco_folders(path)
         counts = [sum(map(is_image, os.listdir(f))) if f.is_dir() else 0 for f in folders]
         return folders, key + counts, coco_records(path, found)
     reason = "no pictures here" if path.is_dir() else "is no folder, .tar or .json"
     if ".tar" in path.suffixes:
         reason += "; a .tar must not be compressed"
-    if not path.exists():
-        reason = "no such file or folder"
     wanted = "a folder of pictures with same-named .txt captions, tars of them, or COCO captions in a .json"
+    reason = reason if path.exists() else "no such file or folder"
     raise ValueError(f"{path}: {reason}; --data wants {wanted}")
 
 
@@ -348,24 +347,22 @@ class Pairs:
         """Name and captions of a row of the table."""
         return self.table.data(row).tobytes().decode(errors="surrogateescape").split("\0")
 
-    def _name(self, row):
-        """What messages call a row: its file."""
-        _, place, offset, _, _ = self.table.rows[row]
-        return f"{self.places[place]}{': ' if offset else os.sep}{self._texts(row)[0]}"
+    def _where(self, row):
+        """Where the image of a row is: (what messages call it, its file or tar, offset in a tar, size)."""
+        name, (_, place, offset, size, _) = self._texts(row)[0], self.table.rows[row]
+        place = self.places[place % len(self.places)]  # the table may have come with the data
+        return f"{place}{': ' if offset else os.sep}{name}", place if offset else place / name, offset, size
 
     def read(self, row):
         """The image in a row of the table, train and held out alike. Raises ValueError if it is broken."""
-        _, place, offset, size, _ = self.table.rows[row]
-        name = self._texts(row)[0]
-        file = self.places[place] / ("" if offset else name)
-        # The table may have come with the data: it is not believed beyond their rules.
-        if leads_out(name) or not stamp(file) or not 0 <= size <= LARGEST:
-            raise ValueError(f"{self._name(row)}: is not there, or lies outside of the data")
+        name, file, offset, size = self._where(row)
+        if leads_out(self._texts(row)[0]) or not stamp(file) or size > LARGEST:
+            raise ValueError(f"{name}: is not there, or lies outside of the data")
         if not offset:
             return load_image(file, self.image_size)
         with opening(file, "a tar"):
             content = io.BytesIO(read_part(file, offset, size))
-        return load_image(content, self.image_size, self._name(row))
+        return load_image(content, self.image_size, name)
 
     def pair(self, index):
         """(caption, function that loads the image or raises ValueError); index runs on over the epochs."""
@@ -379,7 +376,7 @@ class Pairs:
 
     def name(self, index):
         """The file that pair number `index` is in."""
-        return self._name(self.table.at(index)[0])
+        return self._where(self.table.at(index)[0])[0]
 
 
 def open_sources(config, split="train", seed=0):

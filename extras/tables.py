@@ -85,7 +85,7 @@ def held_out(sides):
     """Which of these are the tenth that is never trained on: as bool (N,). What has one name has one side."""
     n, out = len(sides), sides % 10 == 0
     if abs(out.sum() - n / 10) > 2 * n**0.5:  # never by chance: many share a name
-        out = sides <= np.sort(sides)[n // 10]
+        out = sides <= np.sort(sides)[(n - 1) // 10]
     if not out.any() or out.all():  # a handful: the first is the held-out one
         out = sides == sides[0]
     return np.arange(n) == 0 if out.all() else out
@@ -127,7 +127,8 @@ class Table:
             self.rows = np.memmap(folder / "rows", np.int64, "r").reshape(-1, 5)
             self.note = (folder / "note").read_text(encoding="utf-8")
             ends = self.rows[:, 0]
-            return bool((np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(self.blob))
+            in_order = self.rows.min() >= 0 and (np.diff(ends) >= 0).all()
+            return bool(in_order and ends[-1] == len(self.blob))
 
     def _make(self, source, places, name, records, found, max_broken):
         """Read the records -> the folder of the table. Several processes may do so at the same time."""

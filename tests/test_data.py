@@ -1,9 +1,12 @@
 """data.py: tokens, scenes, folders of pictures, documents, packing, and the batch with its targets. test_formats.py has tars, COCO and text."""
 
 import copy
+import io
 import itertools
 import json
 import random
+import struct
+import zlib
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import divide, flags, picture, run_here, tiny_model
-from PIL import Image
+from PIL import Image, ImageCms
 
-from data import NO_LOSS, DataConfig, PairDocuments, Picture, Stream, Tokenizer, collate, document_length, to_pixels
+from data import NO_LOSS, DataConfig, PairDocuments, Picture, Stream, Tokenizer, clean_text, collate, document_length, to_pixels
 from diffusion import DDPM
 from extras import Choices, open_documents, open_pairs, open_text, open_tokenizer, restore_tokenizer
 from extras.pairs import Pairs, fit_image, load_image
 from extras.scenes import COLOURS, GRAMMARS, NEVER_SEEN, Scenes, SceneText, held_out_combination
 from extras.sources import Skipped, WithText, interleave, shuffled
+from extras.text import like_training, style_of
 from extras.tokenizers import BPETokenizer
 from train import losses, parse
 
@@ -50,6 +54,28 @@ def test_any_text_comes_back(merged, learned):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert all(0 <= i < len(tokenizer.pieces) for i in ids)  # no special tokens, whatever the text says
+
+
+@pytest.mark.parametrize("text, clean", [
+    ("\ufeff a red\r\nsquare \n", "a red square"), ("a\u2028red\u00a0 square\u200b", "a red square"), ("\u200ea\0red\tsquare\x1b", "a red square"),
+    ("cafe\u0301 \ud800", "café ?"), ("👩‍👩‍👧 🏴󠁧󠁢󠁥󠁮󠁧󠁿", "👩‍👩‍👧 🏴󠁧󠁢󠁥󠁮󠁧󠁿"), ("\u200b", ""), ("\u200d\u3000", ""), ("\0\x01", ""), (None, ""), (["a"], ""),
+])  # fmt: skip
+def test_what_nobody_sees_is_no_part_of_a_caption_or_a_prompt(text, clean):
+    assert clean_text(text) == clean and clean_text(clean) == clean
+
+
+def test_a_prompt_becomes_like_the_captions_of_training(learned):
+    captions = [Scenes().pair(i)[0] for i in range(500)]
+    style = json.loads(json.dumps(style_of(captions, learned)))  # plain values, as a checkpoint holds them
+    caption = captions[0]
+    assert like_training(caption, style, learned) == (caption, [])
+    text, (note,) = like_training(caption.capitalize() + ".", style, learned)
+    assert text == caption and f'"{caption.capitalize()}." is read as "{caption}"' in note
+    assert like_training(".", style, learned)[0] == "."  # nothing would be left
+    text, (note,) = like_training("a zebra at the top left and a blüe square", style, learned)
+    assert text.startswith("a zebra") and "zebra" in note and "blüe" in note.split("such words as")[1]
+    written = style_of([*captions, "A Capital and a stop."], learned)
+    assert like_training("A red circle.", written, learned)[0] == "A red circle."
 
 
 def test_words_that_were_never_seen_fall_back_to_bytes(learned):
@@ -92,6 +118,11 @@ def test_learning_is_repeatable_and_limited():
     assert BPETokenizer.learn(texts, 7).merges == BPETokenizer.learn(list(reversed(texts)), 7).merges
     assert len(BPETokenizer.learn(texts, 7).merges) == 7 and BPETokenizer.learn(texts, 0).vocab_size == 261
     assert BPETokenizer.learn([], 10).merges == []
+
+
+def test_learning_looks_at_so_much_of_each_text(monkeypatch):
+    monkeypatch.setattr("extras.tokenizers.LEARNED", 40)
+    assert BPETokenizer.learn(["aaaaaaaaab" + "xy" * 1000] * 4, 50).merges == BPETokenizer.learn(["aaaaaaaaab"] * 4, 50).merges
 
 
 # ---- Scenes ---------------------------------------------------------------------------------------------------------
@@ -250,6 +281,62 @@ def test_every_kind_of_picture_loads(mode, tmp_path):
 def test_16_bit_greys_keep_their_shade(tmp_path):
     Image.fromarray(np.full((20, 20), 0x4000, np.uint16)).save(tmp_path / "x.png")
     assert abs(int(load_image(tmp_path / "x.png", 20)[10, 10, 0]) - 0x40) <= 1
+
+
+def chunk(kind, body, wrong=0):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ wrong)
+
+
+def png(depth, kind, row, *chunks):
+    """A PNG of eight equal rows of eight pixels, with other chunks before them."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, kind, 0, 0, 0))
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", zlib.compress((b"\0" + row) * 8)) + chunk(b"IEND", b""))
+
+
+METADATA = {"a long text": chunk(b"tEXt", b"a\0" + bytes(3_000_000)), "longer texts": chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(60_000_000))) * 2,
+            "a wrong checksum": chunk(b"tEXt", b"a\0b", wrong=1), "a short density": chunk(b"pHYs", b"ab"), "a short gamma": chunk(b"gAMA", b"a"),
+            "no profile": chunk(b"iCCP", b"x\0\0junk"), "no EXIF": chunk(b"eXIf", b"ab"), "no animation": chunk(b"acTL", b"a")}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_metadata_never_cost_a_picture(kind):
+    assert (load_image(png(8, 2, bytes([255, 0, 0]) * 8, METADATA[kind]), 8) == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize("entry", [b"junk", b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0ab\0\0\0\0\0\0", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0\0\0\0\0"])
+def test_exif_of_a_wrong_type_never_costs_a_picture(entry):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(file, "JPEG")
+    body = b"Exif\0\0" + entry
+    file = io.BytesIO(file.getvalue()[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + file.getvalue()[2:])
+    assert load_image(file, 8)[4, 4].tolist() == pytest.approx([200, 30, 30], abs=4)
+
+
+@pytest.mark.parametrize("depth, kind, pixel, colour", [(2, 0, b"\x55\x55", b"\0\x01"), (4, 0, b"\x55" * 4, b"\0\x05"), (8, 0, b"d" * 8, b"\0d"), (16, 0, b"\x80\0" * 8, b"\x80\0"),
+                                                         (8, 2, b"abc" * 8, b"\0a\0b\0c"), (16, 2, b"\x80\0\0\1\0\2" * 8, b"\x80\0\0\1\0\2")])  # fmt: skip
+def test_a_transparent_colour_of_any_depth_is_white(depth, kind, pixel, colour):
+    assert (load_image(png(depth, kind, pixel, chunk(b"tRNS", colour)), 8) == 255).all()
+    assert (load_image(png(depth, kind, pixel, chunk(b"tRNS", b"\0\0" * (len(colour) // 2))), 8) < 255).any()
+
+
+def test_colours_become_srgb(tmp_path):
+    """By the profile in the file; here of an RGB whose green and red change places."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    at = {tag: struct.unpack(">4sII", profile[132 + 12 * i : 144 + 12 * i])[1:] for i, tag in enumerate(profile[132 + 12 * i : 136 + 12 * i].decode() for i in range(profile[131]))}
+    (red, size), (green, _) = at["rXYZ"], at["gXYZ"]
+    profile[red : red + size], profile[green : green + size] = profile[green : green + size], profile[red : red + size]
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "x.png", icc_profile=bytes(profile))
+    assert load_image(tmp_path / "x.png", 8)[4, 4].tolist() == pytest.approx([0, 255, 0], abs=4)
+
+
+@pytest.mark.parametrize("image", [Image.new("RGB", (0, 5)), Image.new("L", (5, 0)), Image.new("LAB", (5, 5)), Image.new("F", (5, 5)), Image.fromarray(np.full((5, 5), 70_000, np.int32))])
+def test_what_cannot_be_shown_in_8_bits_of_srgb_is_refused(image):
+    with pytest.raises(ValueError, match="no pixels|LAB|floating-point numbers or beyond 16 bits"):
+        fit_image(image, 8)
+
+
+def test_32_bit_integers_that_hold_8_bits_are_as_they_are():
+    assert (fit_image(Image.fromarray(np.full((5, 5), 200, np.int32)), 8) == 200).all()
 
 
 def test_the_callers_picture_stays_as_it_was(tmp_path):

@@ -33,7 +33,7 @@ from extras.pairs import Pairs, load_image
 from extras.scenes import Scenes
 from extras.sources import Mixture, Skipped, WithText, fitting, readable, say
 from extras.text import TextFiles
-from extras.tokenizers import BPETokenizer, JSONTokenizer
+from extras.tokenizers import BPETokenizer, JSONTokenizer, read_tokenizer
 from sample import load
 
 BYTES = Tokenizer()
@@ -278,6 +278,110 @@ def test_a_table_takes_no_memory_per_pair(tmp_path):
     assert not any(isinstance(value, (list, dict, set)) and len(value) > 1 for value in (vars(source) | vars(source.table)).values())
 
 
+ODD = {
+    "a,b.png": image_bytes(1), "a,b.json": b'\xef\xbb\xbf{"caption": ["one", "two", 3, " "]}', ".hidden.png": image_bytes(1), ".hidden.txt": b"hidden",
+    "key.left.png": image_bytes(1), "key.right.png": image_bytes(2), "key.txt": b"by its key", "zero.png": image_bytes(1), "zero.txt": b"\xe2\x80\x8b",
+    "long.png": image_bytes(1), "long.txt": b"x" * 2**21, "alone.png": image_bytes(1), "object.png": image_bytes(1), "object.json": b'{"caption": {"a": 1}}',
+}  # fmt: skip
+ODD |= {f"{n}.JPG": image_bytes(n, "JPEG") for n in range(10)} | {f"{n}.TXT": b"\xef\xbb\xbfpicture\r\n%d \xe2\x80\x8b" % n for n in range(10)}
+
+
+def test_odd_files_are_the_same_pairs_in_folders_and_tars(tmp_path, capsys):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name, content in ODD.items():
+        (folder / name).write_bytes(content)
+    write_tar(tmp_path / "odd.tar", sorted(ODD.items()))
+    (folder / "a.txt").symlink_to("/dev/zero")
+    (folder / "loop").symlink_to(folder)
+    os.mkfifo(folder / "fifo.png")
+    for path in (folder, tmp_path / "odd.tar"):
+        assert everything(path, max_broken=0.5) == sorted([f"picture {n}" for n in range(10)] + ["one", "by its key"])
+        said = capsys.readouterr().err
+        for part in ("1 with a caption longer than a megabyte", "2 with an empty caption", "1 without a caption", "1 pictures too many for one caption", "found 12 pictures"):
+            assert part in said
+    for split in ("train", "held_out"):
+        a, b = Pairs(folder, 8, split, max_broken=0.5), Pairs(tmp_path / "odd.tar", 8, split, max_broken=0.5)
+        assert [a.captions(i) for i in range(len(a))] == [b.captions(i) for i in range(len(b))] and a.fingerprint == b.fingerprint
+
+
+@pytest.mark.parametrize("name", ["{n:03d}", "{tar}/{n}", "{tar:04d}{n:05d}", "{tar}{n}/front", "{tar}/{n}/00"])
+def test_about_a_tenth_is_held_out_whatever_the_names_are(name, tmp_path):
+    """Though every tar has the same names, too. What has one name has one side."""
+    for tar in range(40):
+        members = [(name.format(tar=tar, n=n) + suffix, content) for n in range(10) for suffix, content in ((".png", b"..."), (".txt", b"x"))]
+        write_tar(tmp_path / f"{tar:03d}.tar", members)
+    train, held_out = (Pairs(tmp_path, 8, split) for split in ("train", "held_out"))
+    assert 0.06 < len(held_out) / (len(train) + len(held_out)) < 0.14
+    names = [{source.name(i).split(": ")[1] for i in range(len(source))} for source in (train, held_out)]
+    assert not names[0] & names[1]
+
+
+def test_pairs_of_a_folder_stay_together_if_asked(tmp_path):
+    write_tar(tmp_path / "a.tar", [(f"{n % 25}/{n}{suffix}", content) for n in range(500) for suffix, content in ((".png", b"..."), (".txt", b"x"))])
+    train, held_out = (Pairs(tmp_path / "a.tar", 8, split, by="folder") for split in ("train", "held_out"))
+    groups = [{source.name(i).split(": ")[1].split("/")[0] for i in range(len(source))} for source in (train, held_out)]
+    assert not groups[0] & groups[1] and 0.03 < len(held_out) / 500 < 0.2
+
+
+def change(column, value):
+    def do(folder):
+        rows = np.fromfile(folder / "rows", np.int64).reshape(-1, 5)
+        rows[0, column] = value
+        rows.tofile(folder / "rows")
+
+    return do
+
+
+def in_blob(before, after):
+    return lambda folder: (folder / "blob").write_bytes((folder / "blob").read_bytes().replace(before, after, 1))
+
+
+def pipe(folder):
+    (folder / "blob").unlink()
+    os.mkfifo(folder / "blob")
+
+
+@pytest.mark.parametrize("forge, found", [
+    (lambda folder: (folder / "rows").write_bytes(b"short"), True), (lambda folder: (folder / "blob").write_bytes(b""), True), (lambda folder: (folder / "note").unlink(), True),
+    (pipe, True), (change(0, 10**9), True), (change(1, -5), True), (change(1, 9), True), (change(2, -1), True), (change(2, 7), False), (change(3, 2**60), False),
+    (in_blob(b"000.jpg", b"../0jpg"), False), (in_blob(b"000.jpg", b"/00.jpg"), False), (in_blob(b"000.jpg", b"001.txt"), False), (in_blob(b"000.jpg", b"00p.jpg"), False),
+])  # fmt: skip
+def test_a_table_that_came_with_the_data_is_not_believed(forge, found, tmp_path):
+    """A broken one is made anew. One that names what the data's rules forbid opens nothing."""
+    path = folder_with(tmp_path / "data", set(), 30)
+    everything(path)
+    os.mkfifo(path / "00p.jpg")
+    for folder in (path / ".transfusion").iterdir():
+        forge(folder)
+    source = Pairs(path, 8)
+    if found:
+        assert source.read(0).shape == (8, 8, 3) and len(everything(path)) == 30
+    else:
+        with pytest.raises(ValueError, match="is not there, or lies outside of the data|cannot be read as an image"):
+            source.read(0)
+
+
+def test_a_source_tells_what_its_data_are_wherever_they_lie(shards, tmp_path):
+    before = Pairs(shards, 8).fingerprint
+    assert before.startswith("60 pictures with captions (") and Pairs(shards, 16, "held_out", seed=2).fingerprint == before
+    shards.rename(tmp_path / "moved")
+    assert Pairs(tmp_path / "moved", 8).fingerprint == before
+    mixed = open_pairs(configured(data=f"{tmp_path}/moved/:2,{tmp_path}/moved/00000.tar"))
+    assert mixed.fingerprint.startswith(before + ", 20 pictures")
+    write_tar(tmp_path / "moved" / "9.tar", numbered(range(100, 101)))
+    assert Pairs(tmp_path / "moved", 8).fingerprint.startswith("61 pictures with captions (")
+    (tmp_path / "t.txt").write_text("words " * 90)
+    assert TextFiles(text_config(tmp_path / "t.txt"), BYTES).fingerprint.startswith("14 texts (")
+
+
+def test_one_process_says_what_all_of_them_found(shards, monkeypatch, capsys):
+    monkeypatch.setattr("extras.sources.FIRST", False)
+    assert len(Pairs(shards, 8)) and not capsys.readouterr().err
+    say("skipped: this picture, by this process alone")
+    assert "this picture" in capsys.readouterr().err
+
+
 # ---- COCO -----------------------------------------------------------------------------------------------------------
 
 
@@ -313,11 +417,13 @@ def test_coco_with_single_faults_counts_them(tmp_path, capsys):
     path = write_coco(tmp_path / "c.json", tmp_path / "images", 60)
     content = json.loads(path.read_text())
     content["images"] += [{"id": 1, "file_name": "../c.json"}, {"id": 2, "file_name": "absent.jpg"}, {"id": 0, "file_name": "000000000000.jpg"}]
+    content["images"] += [{"id": 3, "file_name": None}, {"id": [4], "file_name": "x"}, {"id": 5}, None, {"id": 6, "file_name": "\ud800\0"}]
+    content["annotations"] += [{"image_id": 7}, {"image_id": [7], "caption": "x"}, None, {"image_id": 6, "caption": "x"}]
     content["annotations"] += [{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "x"}, {"image_id": 999, "caption": "x"}, {"image_id": 7, "caption": None}]
     path.write_text(json.dumps(content))
     assert len(everything(path)) == 60
     said = capsys.readouterr().err
-    for part in ("1 names that lead out of the folder", "1 without the picture", "absent.jpg", "1 images with an id that was there before", "image_id 999"):
+    for part in ("1 names that lead out of the folder", "2 without the picture", "absent.jpg", "5 images with an id that was there before", "image_id 999"):
         assert part in said
 
 
@@ -733,6 +839,21 @@ def test_bad_text(name, content, message, tmp_path):
         pieces(text_config(tmp_path / name))
 
 
+def test_a_long_text_comes_in_stretches(tmp_path, monkeypatch):
+    """However long the line is that it is on."""
+    monkeypatch.setattr("extras.text.STRETCH", 1000)
+    monkeypatch.setattr("extras.text.LONGEST", 9000)
+    text = "".join(f"{n} " for n in range(1500))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "x" * 10_000}) + "\n")
+    asked = []
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: (asked.append(len(text)), list(text.encode()))[1])
+    for name in ("a.txt", "b.jsonl"):
+        config = text_config(tmp_path / name, max_broken=0.5)
+        found = [bytes(piece) for split in ("train", "held_out") for piece in pieces(config, split=split)]
+        assert sorted(b"".join(found).split(b" ")) and sum(map(len, found)) == len(text) and max(asked) <= 2000
+
+
 def test_text_that_is_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
     for path, message in (("absent.txt", "no such file"), ("empty", "no .txt or .jsonl files")):
@@ -785,6 +906,44 @@ def test_tokenizer_json(tokenizer_json, tmp_path):
     again = restore_tokenizer(torch.load(tmp_path / "x.pt", weights_only=True))
     assert again.encode("a blue circle") == tokenizer.encode("a blue circle") and again.vocab_size == tokenizer.vocab_size
     assert pickle.loads(pickle.dumps(tokenizer)).encode("a red") == tokenizer.encode("a red")
+
+
+def test_settings_of_a_tokenizer_json_change_nothing(tokenizer_json):
+    """It neither cuts, pads nor rolls dice, and its special tokens are text where they are text."""
+    from tokenizers import Tokenizer as Library
+
+    plain = JSONTokenizer(tokenizer_json.read_text())
+    inner = Library.from_file(str(tokenizer_json))
+    inner.enable_truncation(3)
+    inner.enable_padding(length=20)
+    inner.model.dropout = 0.5
+    tokenizer_json.write_text(inner.to_str(), encoding="utf-8-sig")
+    tokenizer = read_tokenizer(tokenizer_json)
+    for text in ("a red circle and a blue square", "a <s> and </s> in a text"):
+        assert tokenizer.encode(text) == plain.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("a <s>") == plain.encode("a <s>")
+
+
+def test_captions_that_a_tokenizer_json_changes_are_counted_like_broken_ones(tokenizer_json, capsys):
+    from tokenizers import Tokenizer as Library, normalizers
+
+    inner = Library.from_file(str(tokenizer_json))
+    inner.normalizer = normalizers.Lowercase()
+    inner.save(str(tokenizer_json))
+    captions = ["a red circle"] * 30 + ["A red circle"]
+    read_tokenizer(tokenizer_json, captions, 0.05)
+    assert "30 captions; left out: 1 that it changes (first: 'A red circle' becomes 'a red circle')" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--tokenizer .*1 of 31 captions cannot be used, more than --max_broken 0.01"):
+        read_tokenizer(tokenizer_json, captions, 0.01)
+
+
+@pytest.mark.parametrize("model", [{"type": "WordLevel", "unk_token": "?", "vocab": {"a": 0}}, {"type": "WordLevel", "unk_token": "?", "vocab": {"a": 2**31}},
+                                   {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}])  # fmt: skip
+def test_what_a_tokenizer_json_raises_is_a_sentence(model, tokenizer_json):
+    content = json.loads(tokenizer_json.read_text()) | {"model": model, "added_tokens": []}
+    tokenizer_json.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"--tokenizer .*tokenizer.json: is not (able to encode every text|a tokenizer.json)"):
+        read_tokenizer(tokenizer_json).encode("zebra")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"not JSON", b"\xff\xfe", None])

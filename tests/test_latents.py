@@ -14,7 +14,7 @@ from test_pretrained import fixture
 
 from data import to_pixels
 from extras import load_vae
-from extras.latents import write_latents
+from extras.latents import check_latents, write_latents
 from extras.pairs import Pairs
 from extras.runs import save_checkpoint
 from extras.weights import write_safetensors
@@ -65,6 +65,13 @@ def test_encoding_goes_on_where_it_was_stopped(pictures, trained_vae, tmp_path):
 
 def test_latents_that_do_not_fit(pictures, trained_vae, tmp_path):
     write_latents(load_vae(trained_vae), [Pairs(pictures, 32)], tmp_path / "latents")
+    rescaled = load_vae(trained_vae)
+    rescaled.latent_mean += 1.0
+    check_latents(tmp_path / "latents", rescaled)  # the same VAE, measured anew
+    (pictures / "39.png").rename(pictures / "40.png"), (pictures / "39.txt").rename(pictures / "40.txt")
+    with pytest.raises(ValueError, match=r"are of 40 pictures with captions \(.* of 32 pixels, not of 40 pictures"):
+        Pairs(pictures, 32, latents=str(tmp_path / "latents/0"))
+    (pictures / "40.png").rename(pictures / "39.png"), (pictures / "40.txt").rename(pictures / "39.txt")
     other = VAE(load_vae(trained_vae).config)
     with pytest.raises(ValueError, match="of another VAE; name an empty folder"):
         write_latents(other, [Pairs(pictures, 32)], tmp_path / "latents")
