@@ -46,14 +46,14 @@ def require(where, holds, sentence):
 @torch.no_grad()
 def fill(places, found, where, what):
     """Copy weights, pairs of (name, tensor), to their places, {name: tensor}; `what` needs all of these."""
-    left = dict(places)
     for name, weight in found:
-        require(where, name in left, f"{name} has no place in {what}")
-        place, shape = left.pop(name), tuple(weight.shape)
+        require(where, name in places, f"{name} has no place in {what}")
+        place, shape = places.pop(name), tuple(weight.shape)
         fits = weight.squeeze().shape == place.squeeze().shape  # linear layers may stand for 1x1 convolutions
         require(where, fits, f"{name} is of shape {shape}, not {tuple(place.shape)} as in {what}")
         place.copy_(weight.view_as(place))
-    require(where, not left, f"{len(left)} weights are missing, such as {next(iter(left), '')}, of {what}")
+    first = next(iter(places), "")
+    require(where, not places, f"{len(places)} weights are missing, such as {first}, of {what}")
 
 
 # ---- Autoencoders --------------------------------------------------------------------------------
@@ -84,11 +84,10 @@ def load_pretrained(path):
     """
     path, settings = Path(path), {}
     if path.is_dir():
-        wanted = "a VAE's folder must be one of diffusers' AutoencoderKL"
-        require(path, (path / "config.json").exists(), f"is a folder without config.json; {wanted}")
+        require(path, (path / "config.json").exists(), "is a folder without config.json, so not of diffusers")
         settings = read_json(path / "config.json")
         kind = settings.get("_class_name", "AutoencoderKL")
-        require(path, kind == "AutoencoderKL", f"is a {kind}; {wanted}")
+        require(path, kind == "AutoencoderKL", f"is a {kind} of diffusers; it must be an AutoencoderKL")
         path = path / "diffusion_pytorch_model.safetensors"
     state = read_safetensors(path, VAE_NAME.match) if path.suffix == ".safetensors" else load_checkpoint(path)
     return from_latent_diffusion(state, path, settings)
@@ -98,19 +97,19 @@ def from_latent_diffusion(state, path, settings=None):
     """Weights by their names, and what diffusers' config.json says -> VAE, its sizes read off the weights."""
     settings, what = settings or {}, "a KL autoencoder of diffusers or latent diffusion"
     with opening(path, what):
-        found = latent_diffusion_names(state.get("state_dict", state) if isinstance(state, dict) else {})
-        known = "encoder.conv_in.weight" in found and "decoder.conv_in.weight" in found
+        found = latent_diffusion_names(state.get("state_dict", state))
+        known = {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= found.keys()
         require(path, known, f"holds no VAE; it must be a checkpoint of vae.py or train.py, or {what}")
-        widths = [len(found[name]) for name in sorted(found) if LEVEL.fullmatch(name)]
         channels, n = len(found["encoder.conv_in.weight"]), found["decoder.conv_in.weight"].shape[1]
-        narrow = next((width for width in widths if width % channels), 0)
-        wanted = f"they must be a multiple of {channels}, those of the first"
-        require(path, not narrow, f"has {narrow} channels at one resolution; {wanted}")
-        said = settings.get("latent_channels", n)
+        said, groups = settings.get("latent_channels", n), settings.get("norm_num_groups", 32)
         require(path, said == n, f"its latents have {n} channels, but {said} in its config.json")
-        groups = settings.get("norm_num_groups", 32)
-        wanted = "in its config.json; it must be a whole number above 0"
-        require(path, type(groups) is int and groups > 0, f"norm_num_groups is {groups!r} {wanted}")
+        require(
+            path, type(groups) is int and groups > 0, f"norm_num_groups is {groups!r}, in its config.json"
+        )
+        widths = [len(found[name]) for name in sorted(found) if LEVEL.fullmatch(name)]
+        for width in widths:
+            narrow = f"has {width} channels at one resolution, which is no multiple of {channels}"
+            require(path, width % channels == 0, narrow)
         multiples = [width // channels for width in widths]
         config = VAEConfig(channels, multiples, latent_channels=n, norm_groups=groups)
         config.n_res = len({name.split(".")[4] for name in found if name.startswith("encoder.down.0.block.")})
@@ -144,13 +143,12 @@ def vae_places(vae):
     """The weights of an autoencoder of ours by latent diffusion's names."""
     c, down, up = vae.config, [], []
     for i in range(len(c.channel_multiples)):
-        down += [*(f"down.{i}.block.{j}" for j in range(c.n_res)), f"down.{i}.downsample.conv"]
-    for i in reversed(range(len(c.channel_multiples))):
-        up += [*(f"up.{i}.block.{j}" for j in range(c.n_res + 1)), f"up.{i}.upsample.conv"]
+        down += [f"down.{i - 1}.downsample.conv"] * (i > 0) + [f"down.{i}.block.{j}" for j in range(c.n_res)]
+        up = [f"up.{i}.block.{j}" for j in range(c.n_res + 1)] + [f"up.{i}.upsample.conv"] * (i > 0) + up
     middle = ["mid.block_1", *["mid.attn_1"] * c.mid_attention, "mid.block_2"]
-    names = [f"encoder.{name}" for name in ("conv_in", *down[:-1], *middle, "norm_out", "conv_out")]
+    names = [f"encoder.{name}" for name in ("conv_in", *down, *middle, "norm_out", "conv_out")]
     names += ["quant_conv", "post_quant_conv"] * c.quant_convs
-    names += [f"decoder.{name}" for name in ("conv_in", *middle, *up[:-1], "norm_out", "conv_out")]
+    names += [f"decoder.{name}" for name in ("conv_in", *middle, *up, "norm_out", "conv_out")]
     layers = [layer.state_dict() for layer in (*vae.encoder, *vae.decoder)]
     places = {}
     for name, layer in zip(names, filter(None, layers), strict=True):
@@ -202,8 +200,7 @@ def inspect_llama(folder, config):
     sizes |= dict(qk_norm=False, rope_scaling=[said[name] for name in stretch])
     config = cli.make(TransfusionConfig, asdict(config) | sizes, path)
     width = said.get("head_dim", config.head_dim)
-    wanted = "only hidden_size / num_attention_heads can be read"
-    require(path, width == config.head_dim, f"head_dim is {width}; {wanted}")
+    require(path, width == config.head_dim, f"head_dim is {width}, not hidden_size / num_attention_heads")
 
     index, names = path.with_name("model.safetensors.index.json"), {"model.safetensors"}
     if index.exists():
@@ -211,8 +208,7 @@ def inspect_llama(folder, config):
             names = set(read_json(index)["weight_map"].values())
     files = [path.with_name(name) for name in sorted(names)]
     for file in files:
-        named = f", but {index.name} names it" if index.exists() else ""
-        require(file, file.exists(), f"no such file{named}")
+        require(file, file.exists(), "no such file" + f", but {index.name} names it" * index.exists())
     return config, said["tie_word_embeddings"], files
 
 
