@@ -4,10 +4,13 @@ A metric is a function: metric(images, drawn, written, references) -> {name: num
 given the one drawn from its caption, the caption written of it, and the list of its own captions.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -17,12 +20,10 @@ from PIL import Image
 from data import to_pixels
 from extras.runs import load_checkpoint
 
-FID = "FID's own network (weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0)"
-CLIP = "a CLIP as transformers or open_clip saves it (such as openai/clip-vit-base-patch32)"
-HOW_TO_GET = {
-    "fid": f"give --inception FILE, {FID}, and pip install torch-fidelity",
-    "clip_score": f"give --clip FOLDER, {CLIP}, and pip install that package",
-}
+FID = "give --inception FILE, FID's own network (weights-inception-2015-12-05-6726825d.pth of "
+FID += "torch-fidelity's release v0.2.0), and pip install torch-fidelity"
+CLIP = "give --clip FOLDER, a CLIP as transformers or open_clip saves it (such as "
+CLIP += "openai/clip-vit-base-patch32), and pip install that package"
 
 
 def words(text):
@@ -48,37 +49,27 @@ def cider(candidates, references, n=4, sigma=6.0):
     references = [[ngrams(caption, n) for caption in captions] for captions in references]
     frequency = Counter()  # in how many images' references an n-gram occurs
     for captions in references:
-        frequency.update(set().union(*(grams for caption in captions for grams in caption)))
+        frequency.update(set().union(*itertools.chain(*captions)))
 
-    def weigh(caption):
-        """Vectors of tf-idf, one a length of n-gram, with their norms; and the number of bigrams."""
-        idf = {
-            gram: math.log(len(references) / max(1, frequency[gram])) for grams in caption for gram in grams
-        }
-        vectors = [{gram: k * idf[gram] for gram, k in grams.items()} for grams in caption]
-        return vectors, [math.hypot(*vector.values()) for vector in vectors], sum(caption[1].values())
-
-    def similarity(candidate, reference):
-        (a, a_norms, a_length), (b, b_norms, b_length) = candidate, reference
-        cosines = 0.0
-        for v, w, v_norm, w_norm in zip(a, b, a_norms, b_norms):
+    def similarity(a, b):
+        cosines, idf = 0.0, lambda gram: math.log(len(references) / max(1, frequency[gram]))
+        for counts in zip(a, b):
+            v, w = ({gram: k * idf(gram) for gram, k in grams.items()} for grams in counts)
             shared = sum(min(x, w[gram]) * w[gram] for gram, x in v.items() if gram in w)
-            cosines += shared / ((v_norm * w_norm) or 1)
-        return cosines / n * math.exp(-((a_length - b_length) ** 2) / (2 * sigma**2))
+            cosines += shared / (math.hypot(*v.values()) * math.hypot(*w.values()) or 1)
+        longer = a[1].total() - b[1].total()  # in bigrams
+        return cosines / n * math.exp(-(longer**2) / (2 * sigma**2))
 
-    scores = []
-    for caption, captions in zip(candidates, references, strict=True):
-        candidate = weigh(ngrams(caption, n))
-        similarities = [similarity(candidate, weigh(reference)) for reference in captions]
-        scores.append(10 * sum(similarities) / len(captions))
-    return sum(scores) / len(scores)
+    candidates = [ngrams(caption, n) for caption in candidates]
+    pairs = zip(candidates, references, strict=True)
+    return 10 * fmean(fmean(similarity(caption, one) for one in captions) for caption, captions in pairs)
 
 
 def captions_metric(images, drawn, written, references):
     """The share of captions that are one of the image's own, word for word, and CIDEr-D."""
     exact = [text in captions for text, captions in zip(written, references)]
     of_images = [[words(text) for text in captions] for captions in references]
-    return {"captions": {"all": float(np.mean(exact))}, "cider": cider(list(map(words, written)), of_images)}
+    return {"captions": {"all": fmean(exact)}, "cider": cider(list(map(words, written)), of_images)}
 
 
 def frechet_distance(a, b):
@@ -106,15 +97,18 @@ def in_chunks(function, *lists):
 def latent_features(vae, images, device="cpu"):
     """The VAE's standardised latents, averaged over a grid of 4 x 4: uint8 images -> (N, 16 C)."""
     encode = lambda chunk: vae.encode(to_pixels(np.stack(chunk)).to(device))
-    return (
-        in_chunks(lambda chunk: F.adaptive_avg_pool2d(encode(chunk), 4).flatten(1), images).double().numpy()
-    )
+    pooled = lambda chunk: F.adaptive_avg_pool2d(encode(chunk), 4).flatten(1)
+    return in_chunks(pooled, images).double().numpy()
+
+
+def frechet_metric(name, features):
+    """The Frechet distance between the features of two lists of images, under this name."""
+    return lambda images, drawn, *_: {name: frechet_distance(features(images), features(drawn))}
 
 
 def latent_metric(vae, device):
     """The Frechet distance of the VAE's latents."""
-    features = lambda images: latent_features(vae, images, device)
-    return lambda a, b, *_: {"latent_frechet_distance": frechet_distance(features(a), features(b))}
+    return frechet_metric("latent_frechet_distance", partial(latent_features, vae, device=device))
 
 
 def inception_features(path, device="cpu"):
@@ -125,22 +119,21 @@ def inception_features(path, device="cpu"):
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
     except ImportError:
-        raise ValueError(f"--inception: no FID; {HOW_TO_GET['fid']}") from None
+        raise ValueError(f"--inception: no FID; {FID}") from None
     if not Path(path).is_file():
-        raise ValueError(f"--inception {path}: no such file; {HOW_TO_GET['fid']}")
+        raise ValueError(f"--inception {path}: no such file; {FID}")
     load_checkpoint(path)  # it must hold tensors and nothing else: the package does not ask
     try:
         network = Inception("inception", ["2048"], feature_extractor_weights_path=str(path)).to(device)
     except (RuntimeError, TypeError, AttributeError):
-        raise ValueError(f"--inception {path}: is another network; {HOW_TO_GET['fid']}") from None
+        raise ValueError(f"--inception {path}: is another network; {FID}") from None
     features = lambda chunk: network(torch.from_numpy(np.stack(chunk)).movedim(-1, 1).to(device))[0]
     return lambda images: in_chunks(features, images).double().numpy()
 
 
 def fid_metric(path, device):
     """FID. path: the weights of its network."""
-    features = inception_features(path, device)
-    return lambda a, b, *_: {"fid": frechet_distance(features(a), features(b))}
+    return frechet_metric("fid", inception_features(path, device))
 
 
 def clip_embedder(path, device):
@@ -181,14 +174,11 @@ def clip_metric(path, device="cpu"):
         embed = clip_embedder(path, device)
     except Exception as error:  # the packages raise many kinds
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--clip {path}: no CLIP score ({reason}); {HOW_TO_GET['clip_score']}") from None
+        raise ValueError(f"--clip {path}: no CLIP score ({reason}); {CLIP}") from None
 
-    def cosines(images, captions):
-        image, text = embed(list(map(Image.fromarray, images)), captions)
-        return F.cosine_similarity(image, text).clamp(min=0)
-
-    def score(images, drawn, written, references):
+    def cosines(images, references):
         captions = [captions[0] for captions in references]
-        return {"clip_score": 100 * in_chunks(cosines, drawn, captions).mean().item()}
+        return F.cosine_similarity(*embed(list(map(Image.fromarray, images)), captions)).clamp(min=0)
 
-    return score
+    score = lambda drawn, references: 100 * in_chunks(cosines, drawn, references).mean().item()
+    return lambda images, drawn, written, references: {"clip_score": score(drawn, references)}
