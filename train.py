@@ -16,7 +16,6 @@ default, the paper's value.
 
 import itertools
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -25,15 +24,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-# OpenMP threads that spin for long collapse beside another program; those that never spin are slow.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
+import extras  # first: Ctrl-C while torch is imported ends in a line
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import extras
 from attention_mask import PADDING, transfusion_mask
 from data import NO_LOSS, DataConfig
 from diffusion import DDPM, DiffusionConfig, SamplingConfig
@@ -44,7 +41,7 @@ from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
 from extras.idle import refuse_idle
 from extras.logs import Log
 from extras.optimizers import make_optimizers
-from extras.parallel import join, synchronise, total, wrap
+from extras.parallel import first, join, synchronise, total, wrap
 from extras.rehearsal import rehearse
 from extras.scores import format_scores
 from model import SIZES, TransfusionConfig
@@ -301,7 +298,7 @@ def set_up(config, resume=False):
     rank, ranks, device = join(cli.pick_device(config.device))
     run = SimpleNamespace(config=config, rank=rank, ranks=ranks, device=device, out=Path(config.out), step=0)
     run.checkpoint = run.out / "checkpoint.pt"
-    machine.check(run)
+    machine.check(run, resume)
     state = read_checkpoint(run) if resume else None
     start = None if state else extras.open_start(run, load)
 
@@ -367,7 +364,8 @@ def train(config, resume=False):
             if run.step % config.eval_every == 0 or last:
                 run.log.validation(run.step, validate(run))
                 save(run)
-                extras.draw_held_out(trained(run), config.seed, run.out / f"samples_{run.step:06d}.png")
+                sheet = run.out / f"samples_{run.step:06d}.png"
+                first(partial(extras.draw_held_out, trained(run), config.seed, sheet))
             if any(total([interrupt.asked], run.device)):  # in all processes, whichever was told
                 save(run)
                 raise KeyboardInterrupt
@@ -387,6 +385,7 @@ def train(config, resume=False):
 def main():
     """The command line."""
     config, resume = parse()
+    machine.claim(config, resume)
     if not resume:
         rehearse(config, set_up, train_step, validate, trained, evaluate)
     train(config, resume)

@@ -301,10 +301,10 @@ def train_vae(
         if step % 50 == 0 or step == config.steps - 1:
             bar.set_postfix_str(f"L1 {reconstruction.item() / x[0].numel():.4f}, {vae.progress(penalty)}")
         step += 1
-        if step % SAVE_EVERY == 0:
+        stop = interrupted and interrupted()
+        if stop or step % SAVE_EVERY == 0 or step == config.steps:
             save_parts()
-        if interrupted and interrupted():
-            save_parts()
+        if stop:
             raise KeyboardInterrupt
     vae.eval().measure_statistics(images, config.batch)
     save_parts(done=True)
@@ -332,7 +332,8 @@ if __name__ == "__main__":
         print(f"mean absolute error on held-out images: {(x - again).abs().mean() / 2:.4f} of the range")
         rows = [torch.cat([*images], dim=2) for images in (x, again)]  # (3, H, 16 W) each
         sheet = ((torch.cat(rows, dim=1) + 1) * 127.5).byte().movedim(0, -1).cpu().numpy()
-        Image.fromarray(sheet).save(f"{config.out}/reconstructions.png")
+        with runs.written(f"{config.out}/reconstructions.png") as file:
+            Image.fromarray(sheet).save(file, "png")
         print(f"wrote {config.out}/reconstructions.png: images above, reconstructions below")
 
     cli.report_errors(demo, runs.STOPPED)

@@ -4,6 +4,8 @@ Each function imports the one room that it needs. Delete a room and its lines he
 works.
 """
 
+from extras import runs  # isort: skip, it goes before torch
+
 import importlib
 import itertools
 from dataclasses import asdict, dataclass, replace
@@ -13,13 +15,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data import PairDocuments, Stream, Tokenizer, to_pixels
-from extras import cli, runs, sources
+from extras import checkpoints, cli, sources
 from extras.loader import Loader
 from extras.machine import say
-from extras.parallel import seen_by_all
+from extras.parallel import first, seen_by_all
 from model import Transfusion
 from vae import VAE, VAEConfig, train_vae
 
@@ -284,12 +285,8 @@ def prepare_vae(config, device, resume=False, own=None):
     if vae and ((vae.latent_std != 1).any() or vae.latent_mean.any()):
         return vae
 
-    path = Path(config.out) / "vae.pt"
-    state = runs.load_checkpoint(path) if resume and path.exists() and not vae else None
-    if state and state.get("done"):
-        return load_vae(path, device)
     pairs = open_pairs(replace(config, extra=replace(config.extra, latents="")), "train", config.seed)
-    images = images_of(pairs, config.data.max_broken)
+    images, known = images_of(pairs, config.data.max_broken), checkpoints.known(config, pairs)
     if vae:
         print(
             f"1. the VAE is {config.vae}, which does not say how its latents are scaled: measuring them",
@@ -298,11 +295,15 @@ def prepare_vae(config, device, resume=False, own=None):
         torch.manual_seed(config.seed)
         vae.measure_statistics(images, config.autoencoder.batch)
         return vae
+    path = Path(config.out) / "vae.pt"
+    state = checkpoints.read_vae(path, config, known) if resume and path.exists() else None
+    if state and state.get("done"):
+        return load_vae(path, device)
+    runs.claim(config.out, ["vae.pt"], resume)
     print(f"1. the VAE ({config.autoencoder.steps:,} steps; to use it again: --vae {path})", flush=True)
     with runs.Interrupt() as interrupt:
-        keep = dict(
-            save=partial(runs.save_checkpoint, path), state=state, interrupted=lambda: interrupt.asked
-        )
+        save = partial(checkpoints.save_vae, path, config, known)
+        keep = dict(save=save, state=state, interrupted=lambda: interrupt.asked)
         keep["perceptual"] = lpips(device) if settings.perceptual_weight else None
         return train_vae(settings, images, seed=config.seed, device=device, network=network, **keep)
 
@@ -310,9 +311,7 @@ def prepare_vae(config, device, resume=False, own=None):
 def shared_vae(run, resume):
     """As prepare_vae; where it must be trained, the first process does that for all."""
     if run.ranks > 1 and not run.config.vae:
-        if run.rank == 0:
-            prepare_vae(run.config, run.device, resume)
-        dist.barrier()
+        first(lambda: prepare_vae(run.config, run.device, resume) and None)
         seen_by_all(run.out / "vae.pt", run.device)
     return prepare_vae(run.config, run.device, resume or run.ranks > 1)
 
@@ -437,12 +436,7 @@ def generate(trained, documents, seeds=None, **settings):
 
 
 def draw_held_out(trained, seed, path, n=12):
-    """Have n images drawn for held-out captions, or n held-out edits or stories: a sheet, a PNG at `path`.
-
-    trained: None = in another process.
-    """
-    if not trained:
-        return
+    """Have n images drawn for held-out captions, or n held-out edits or stories: a sheet, a PNG at `path`."""
     pairs, show = open_pairs(trained, "held_out", seed), room("show")
     if trained.extra.documents == "pairs":
         sizes = trained.data.seq_len, trained.model.config.n_patches
@@ -451,7 +445,8 @@ def draw_held_out(trained, seed, path, n=12):
     else:
         documents = room("stories").tell(trained, [pairs.example(i) for i in range(n)], generate)
     images, texts = zip(*itertools.chain(*map(show.captioned, documents)))
-    show.contact_sheet(images, texts, columns=6).save(path)
+    with runs.written(path) as file:
+        show.contact_sheet(images, texts, columns=6).save(file, "png")
 
 
 def next_command(config, checkpoint):

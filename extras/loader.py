@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import Picture, Tokenizer, collate, document_length
+from extras.runs import ENDS
 
 
 class Loader:
@@ -119,7 +120,9 @@ def in_memory(picture):
 
 
 def leave_signals(worker):
-    """In a worker: Ctrl-C is for the training process, which ends its workers and says what is to be said."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker: signals are for the training process, which saves first, and then ends its workers."""
+    for one in ENDS:
+        signal.signal(one, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # if it did not: to outlast it by so long
     # The thread that hands tensors over says nothing when nobody takes them any more.
     sys.excepthook = lambda *error: None

@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 from extras.costs import peak_flops
 from extras.machine import import_wandb, machine, say
-from extras.runs import keep_old
+from extras.parallel import first
+from extras.runs import reason
 
 
 class Log:
@@ -22,11 +23,8 @@ class Log:
         self.steps, self.seconds, self.flops = 0, 0.0, 0.0  # since the last line
         if run.rank:
             return
-        if not state:
-            keep_old(run.out, ("checkpoint.pt", "log.jsonl"))
-        self.file = (run.out / "log.jsonl").open("a")
-        if state:
-            self.file.truncate(min(self.file.tell(), state.get("log", math.inf)))
+        self.file = (run.out / "log.jsonl").open("ab", buffering=0)
+        self.file.truncate(min(self.file.tell(), state.get("log", math.inf) if state else 0))
         if config.wandb:
             again = dict(id=state and state.get("wandb"), resume="allow")
             self.wandb = import_wandb().init(
@@ -68,12 +66,16 @@ class Log:
         say(self, "held out: " + " | ".join(means))
 
     def write(self, step, values):
-        """One line: {name: number} of a step."""
-        if self.rank == 0:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-            self.file.flush()
+        """One line: {name: number} of a step. Raises OSError, in all processes, if the disk is full."""
+        first(lambda: self._write(json.dumps({"step": step, **values}).encode() + b"\n"))
         if self.wandb:
             self.wandb.log(values, step=step)
+
+    def _write(self, line):
+        try:
+            self.file.write(line)
+        except OSError as error:
+            raise OSError(f"{self.file.name}: could not be written to ({reason(error)})") from None
 
     def state(self):
         """What a checkpoint keeps: where the file ends, and what the run is called elsewhere."""

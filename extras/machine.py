@@ -1,17 +1,22 @@
 """What this machine does of what the options ask for: precision, compilation, FlexAttention."""
 
+from contextlib import suppress
 from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from attention_mask import flex_mask, transfusion_mask
+from extras import runs
+from extras.cli import pick_device
+from extras.parallel import first, join
 
 
 def say(run, text):
     """Print, once for all processes, and without cutting a progress bar in two."""
     if run.rank == 0:
-        tqdm.write(text)
+        with suppress(OSError):  # nobody listens any more
+            tqdm.write(text)
 
 
 def machine(config, device):
@@ -37,8 +42,14 @@ def import_wandb():
     return wandb
 
 
-def check(run):
-    """Raises ValueError, before anything is made, on what cannot be done here."""
+def claim(config, resume):
+    """Make --out the own folder of a run, of one process or several. Raises ValueError as runs.claim does."""
+    machine(config, join(pick_device(config.device))[2])  # what it raises, it raises before a folder is made
+    first(partial(runs.claim, config.out, [*runs.WORK, *([] if config.vae else ["vae.pt"])], resume))
+
+
+def check(run, resume):
+    """Raises ValueError, before anything is made, on what cannot be done here, or where the run is to be."""
     config, device = run.config, run.device
     if config.rows % (run.ranks * (config.micro_rows or 1)):
         times = f" times micro_rows, {config.micro_rows}" if config.micro_rows else ""
@@ -49,10 +60,6 @@ def check(run):
         say(run, f"attention is SDPA with a dense mask, which is slower: {wanted}")
     if config.wandb:
         import_wandb()
-    try:
-        run.out.mkdir(parents=True, exist_ok=True)
-        (run.out / "log.jsonl").open("a").close()
-    except OSError as error:
-        raise ValueError(f"--out {run.out}: cannot be written to ({error.strerror})") from None
+    claim(config, resume)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16

@@ -16,6 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from extras.runs import Interrupt
+
 
 def join(device):
     """Join the processes that torchrun started, if it did -> (rank, number of processes, own device)."""
@@ -37,6 +39,27 @@ def total(values, device):
     values = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(values)
     return values.tolist()
+
+
+def first(work):
+    """Have the first process do some work for all -> what it returns, in the others None.
+
+    What it raises, all raise. The others outlive the signals that it is still heeding.
+    """
+    if not dist.is_initialized():
+        return work()
+    found, failure, rank = None, [None], dist.get_rank()
+    try:
+        found = work() if rank == 0 else None
+    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        kinds = ValueError, OSError, FloatingPointError, KeyboardInterrupt
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        failure = [kind(str(error))]
+    with Interrupt():
+        dist.broadcast_object_list(failure)
+    if failure[0]:
+        raise failure[0]
+    return found
 
 
 def seen_by_all(path, device):

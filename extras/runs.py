@@ -1,21 +1,49 @@
-"""What a run reads and writes. What cannot be read is a ValueError, what cannot be written an OSError."""
+"""What a run reads and writes: its files, its folder, and how it ends.
+
+What cannot be read is a ValueError, what cannot be written an OSError.
+"""
 
 import contextlib
 import json
 import os
+import platform
+import shutil
 import signal
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
-import torch
+
+def end_in_a_line(kind, error, trace):
+    """What nobody catches is printed as ever, but Ctrl-C, while a program still starts, in one line."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, trace)
+    print("\nstopped before anything was begun", file=sys.stderr)
+    sys.exit(130)
+
+
+sys.excepthook = end_in_a_line
+# OpenMP threads that spin for long collapse beside another program; those that never spin are slow.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
+
+import torch  # noqa: E402, it takes seconds
+from tqdm import tqdm  # noqa: E402
 
 STOPPED = "stopped. Training that had begun was saved: the same command with --resume goes on from there"
+AT_ONCE = "stopped at once, without saving: --resume goes on from what was saved before"
+WORK = ("checkpoint.pt", "log.jsonl", "scores.json", "samples_*.png")  # of a run, beside its vae.pt
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def reason(error):
-    """An error in a few words, on one line."""
+    """An error in a few words, on one line: the system's words, where it was the system's."""
+    cause = error
+    while cause:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
     return " ".join(f"{type(error).__name__}: {error}".split())[:100].removesuffix(":")
 
 
@@ -27,7 +55,7 @@ def opening(path, what):
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or reason(error)})") from None
+        raise ValueError(f"{path}: cannot be read ({reason(error)})") from None
     except Exception as error:  # a broken file makes libraries raise almost anything
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
@@ -45,9 +73,11 @@ def written(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except Exception as error:  # torch reports a full disk as RuntimeError
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
+            raise
         saved = f"could not be saved ({reason(error)}); what was saved there before is intact"
         raise OSError(f"{path}: {saved}") from error
 
@@ -122,28 +152,78 @@ def check_file(path, option):
         raise ValueError(f"{option} {path}: is a folder; name a file")
 
 
-def keep_old(folder, names):
-    """Rename what an earlier run left in the folder under these names, and say so."""
-    for before in (Path(folder) / name for name in names):
-        if before.exists() and before.stat().st_size:
-            kept = before.replace(before.with_stem(f"{before.stem}.old"))
-            print(f"{before} of an earlier run is now {kept.name}; --resume would have gone on with it")
+HELD = []  # the locks of this process, which end with it, however it ends
+
+
+def lock(folder):
+    """Make a folder this process's own. Raises ValueError, naming the other, if another process has it."""
+    file = open(Path(folder) / ".lock", "ab+", buffering=0)
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, lockf  # not on Windows
+
+        lockf(file, LOCK_EX | LOCK_NB)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        owner = file.read().decode() or "another process"
+        raise ValueError(f"--out {folder}: {owner} is at work there; name another folder") from None
+    except (ImportError, OSError):  # a file system without locks
+        pass
+    HELD.append(file)  # for good: to close any file on it would end the lock
+
+
+def claim(folder, work, resume):
+    """Make the folder of a run this process's own until it ends, and clear what a killed one left half.
+
+    work: patterns of the files that will be written. Raises ValueError if the folder cannot be written to,
+    if another process has it or, without `resume`, if such files are there: none is ever written over.
+    """
+    folder = Path(folder)
+    check_folder(folder, "--out")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
+    there = sorted(path.name for name in work for path in folder.glob(name) if path.stat().st_size)
+    if there and not resume:
+        held = f"holds {', '.join(there[:4])} of an earlier run"
+        raise ValueError(f"--out {folder}: {held}; go on with it by --resume, or name another --out")
+    for path in folder.glob("*.partial"):
+        path.unlink()
+    shutil.rmtree(folder / ".rehearsal", ignore_errors=True)
 
 
 class Interrupt:
-    """While it is entered, Ctrl-C (or SIGTERM) sets `asked`; a second one stops the program at once."""
+    """While it is entered, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 set `asked`; a later one stops at once.
+
+    Who leaves it without having looked is stopped then. What is ignored, as SIGHUP under nohup, stays so;
+    but torchrun does not heed nohup itself, and passes SIGHUP on.
+    """
 
     def __enter__(self):
         self.asked = False
-        self.before = {one: signal.signal(one, self._ask) for one in (signal.SIGINT, signal.SIGTERM)}
+        heeded = lambda one: one == signal.SIGINT or signal.getsignal(one) != signal.SIG_IGN
+        ends = [one for one in ENDS if heeded(one) or "RANK" in os.environ]
+        self.before = {one: signal.signal(one, self._ask) for one in ends}
         return self
 
-    def _ask(self, *_):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nfinishing this step, then saving; once more stops at once", file=sys.stderr, flush=True)
+    def _ask(self, number, _):
+        if not self.asked:
+            self._say("finishing what is begun, then saving; once more stops at once")
+            self.asked, self.since = True, time.monotonic()
+            for bar in tqdm._instances if number != signal.SIGINT else ():
+                bar.disable = True  # the terminal may be gone
+        elif time.monotonic() - self.since > 1:  # a shell and torchrun pass on what came already
+            self._say(AT_ONCE)
+            sys.exit(130)
 
-    def __exit__(self, *_):
+    def _say(self, text):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())  # a print might be what was interrupted
+
+    def __exit__(self, kind, *_):
         for one, handler in self.before.items():
             signal.signal(one, handler)
+        if self.asked and kind is None:
+            outer = self.before[signal.SIGINT]
+            (outer if callable(outer) else signal.default_int_handler)(signal.SIGINT, None)

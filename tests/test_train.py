@@ -284,8 +284,7 @@ def test_a_killed_run_leaves_no_lines_that_are_logged_again(trained_vae, tmp_pat
         log(run, train_step(run))
         if n == 1:
             save(run)
-    run.log.file.write('{"step": 4, "l')  # killed
-    run.log.file.flush()
+    run.log.file.write(b'{"step": 4, "l')  # killed
     again = set_up(run.config, resume=True)
     log(again, train_step(again))
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
@@ -393,7 +392,7 @@ def test_a_length_that_flex_attention_does_not_take_is_said(tmp_path, monkeypatc
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     (tmp_path / "file").write_text("in the way")
     for seq_len, lines in ((112, 1), (128, 0)):
-        with pytest.raises(ValueError, match="cannot be written"):
+        with pytest.raises(ValueError, match="is not a folder"):
             set_up(config_of(tmp_path / "file", seq_len=seq_len, compile="on"))
         assert capsys.readouterr().out.count(f"multiple of 128, not {seq_len}") == lines
 
