@@ -24,8 +24,7 @@ CAPTIONS = (".txt", ".json")
 LONGEST = 2**20  # bytes of a file with a caption
 LARGEST = 2**30  # bytes of an image in a tar
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no others: Pillow runs a program for EPS
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a long text beside the pixels does no harm
-PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**30  # beside the pixels
 
 
 # ---- From an image file to pixels ----------------------------------------------------------------
@@ -254,9 +253,9 @@ def coco_records(path, found):
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: is not COCO captions ({reason}); expected {shape}") from None
     likely = [name for name in names.values() if not leads_out(name)][:100]
-    there = lambda folder: sum(os.path.isfile(folder / name) for name in likely)
-    root = max(folders, key=there)
-    if not there(root):
+    there = [sum(os.path.isfile(folder / name) for name in likely) for folder in folders]
+    root = folders[there.index(max(there))]
+    if not any(there):
         looked = ", ".join(map(str, folders))
         raise ValueError(f"{path}: its pictures ({first}, ...) are not there; looked in {looked}")
     for _ in range(len(content["images"]) - len(names)):

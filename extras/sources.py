@@ -98,7 +98,7 @@ class WithText:
     def __init__(self, illustrated, text, text_fraction, n_patches, seed=0):
         self.options = illustrated, text, text_fraction, n_patches, seed
         self.kinds, self.text, self.seed = (illustrated, self._text), text, seed
-        self.n_pairs = illustrated.n_pairs
+        self.pairs, self.n_pairs = illustrated.pairs, illustrated.n_pairs
         # The mean lengths decide how many of each make the share of positions.
         lengths = [np.mean([document_length(make(i), n_patches) for i in range(500)]) for make in self.kinds]
         self.weights = [(1 - text_fraction) / lengths[0], text_fraction / lengths[1]]
@@ -118,6 +118,12 @@ class WithText:
         """What messages call document `index`."""
         is_text, number = interleave(index, self.weights, self.seed)
         return f"text {number}" if is_text else self.kinds[0].name(number)
+
+
+def fingerprint(documents):
+    """What the data of a recipe of documents are, however their paths are spelt; "" = made here."""
+    used = documents.pairs, getattr(documents, "text", None)
+    return ", ".join(source.fingerprint for source in used if hasattr(source, "fingerprint"))
 
 
 # ---- What is left out ----------------------------------------------------------------------------

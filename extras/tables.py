@@ -14,8 +14,6 @@ import numpy as np
 
 from extras.sources import bar, mix, say, shuffled
 
-RULES = 2  # of what a table keeps: to be counted up when they change
-
 
 class Found:
     """The count of what reading a source found: the good ones, and others by kind. what: a name for them."""
@@ -103,7 +101,8 @@ class Table:
 
     def __init__(self, source, key, records, found, split, seed, max_broken, cache):
         source, self.seed = Path(source), seed
-        name = f"{source.stem}-{sha256(repr((RULES, found.what, key, max_broken)).encode()).hexdigest()[:16]}"
+        rules = 2  # of what a table keeps: to be counted up when they change
+        name = f"{source.stem}-{sha256(repr((rules, found.what, key, max_broken)).encode()).hexdigest()[:16]}"
         beside = source if source.is_dir() else source.parent
         places = [Path(cache)] if cache else [beside / ".transfusion", Path("out/cache")]
         if not any(self._open(place / name) for place in places):
@@ -115,8 +114,7 @@ class Table:
         self.members = np.flatnonzero(out == (split == "held_out"))
         sizes = f"records to train on: {len(out) - out.sum():,}, held out: {out.sum():,}"
         say(f"{source}: reading it once found {self.note}; {sizes}", known=True)
-        names = sha256(self.rows[:, 4].tobytes()).hexdigest()[:8]
-        self.fingerprint = f"{len(out):,} {found.what} ({names})"
+        self.fingerprint = f"{len(out):,} {found.what} ({sha256(self.rows[:, 4].tobytes()).hexdigest()[:8]})"
 
     def _open(self, folder):
         """Map the table in a folder -> is it there, and whole?"""
@@ -126,9 +124,8 @@ class Table:
             self.blob = np.memmap(folder / "blob", np.uint8, "r")
             self.rows = np.memmap(folder / "rows", np.int64, "r").reshape(-1, 5)
             self.note = (folder / "note").read_text(encoding="utf-8")
-            ends = self.rows[:, 0]
-            in_order = self.rows.min() >= 0 and (np.diff(ends) >= 0).all()
-            return bool(in_order and ends[-1] == len(self.blob))
+            in_order = self.rows.min() >= 0 and (np.diff(self.rows[:, 0]) >= 0).all()
+            return bool(in_order and self.rows[-1, 0] == len(self.blob))
 
     def _make(self, source, places, name, records, found, max_broken):
         """Read the records -> the folder of the table. Several processes may do so at the same time."""

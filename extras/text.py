@@ -3,13 +3,14 @@
 import json
 from functools import partial
 from hashlib import sha256
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 
-from data import Cut
+from data import Cut, clean_text
 from extras.runs import opening
+from extras.sources import say
 from extras.tables import Found, Table, files_below, listed, side
 
 STRETCH = 2**20  # characters of a text that are tokenised at once
@@ -20,11 +21,15 @@ LONGEST = 2**28  # bytes of a JSON line
 
 
 def style_of(captions, tokenizer):
-    """How some captions are written: plain values, which a checkpoint keeps beside the tokenizer."""
+    """How some captions are written: plain values, which a checkpoint keeps beside the tokenizer.
+
+    tokens: all that occur, where the second half of the captions has none that the first half lacks.
+    """
+    half = captions[: len(captions) // 2]
+    known, every = (set(chain(*map(tokenizer.encode, set(part)))) for part in (half, captions))
     capitals = any(caption != caption.lower() for caption in captions)
     stops = any(caption.endswith(".") for caption in captions)
-    tokens = {i for caption in set(captions) for i in tokenizer.encode(caption)}
-    return {"capitals": capitals, "stops": stops, "tokens": sorted(tokens)}
+    return {"capitals": capitals, "stops": stops, "tokens": sorted(known) if known == every else None}
 
 
 def like_training(text, style, tokenizer):
@@ -33,18 +38,32 @@ def like_training(text, style, tokenizer):
     style: what `style_of` found in them. Capitals and a closing full stop go where no caption has any. A note
     names the words with tokens that no caption has.
     """
-    given, known, notes = text, set(style["tokens"]), []
+    given, notes = text, []
     if not style["capitals"]:
         text = text.lower()
     if not style["stops"]:
         text = text.rstrip(". ") or text
     if text != given:
         notes.append(f'"{given}" is read as "{text}", as the captions of training are written')
-    ids, words = tokenizer.encode(text), text.split()
-    new = {len(tokenizer.decode(ids[: n + 1]).split()) for n, i in enumerate(ids) if i not in known}
-    if new := ", ".join(word for n, word in enumerate(words, 1) if n in new):
-        notes.append(f'"{text}": no caption of training was seen to have such words as {new}')
+    if style["tokens"]:
+        ids, known = tokenizer.encode(text), set(style["tokens"])
+        new = {len(tokenizer.decode(ids[: n + 1]).split()) for n, i in enumerate(ids) if i not in known}
+        if words := ", ".join(word for n, word in enumerate(text.split(), 1) if n in new):
+            notes.append(f'"{text}": no caption of training had such words as {words}')
     return text, notes
+
+
+def read_prompt(text, tokenizer):
+    """A prompt as the model is given it, "" if nothing is in it; what that changes is said.
+
+    tokenizer.style: what `style_of` found in the captions of training; None = it is not known.
+    """
+    text, notes = clean_text(text), []
+    if text and getattr(tokenizer, "style", None):
+        text, notes = like_training(text, tokenizer.style, tokenizer)
+    for note in notes:
+        say(note)
+    return text
 
 
 # ---- Texts ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from extras import Choices, open_documents, open_pairs, open_text, open_tokenize
 from extras.pairs import Pairs, fit_image, load_image
 from extras.scenes import COLOURS, GRAMMARS, NEVER_SEEN, Scenes, SceneText, held_out_combination
 from extras.sources import Skipped, WithText, interleave, shuffled
-from extras.text import like_training, style_of
+from extras.text import like_training, read_prompt, style_of
 from extras.tokenizers import BPETokenizer
 from train import losses, parse
 
@@ -64,7 +64,7 @@ def test_what_nobody_sees_is_no_part_of_a_caption_or_a_prompt(text, clean):
     assert clean_text(text) == clean and clean_text(clean) == clean
 
 
-def test_a_prompt_becomes_like_the_captions_of_training(learned):
+def test_a_prompt_becomes_like_the_captions_of_training(learned, capsys):
     captions = [Scenes().pair(i)[0] for i in range(500)]
     style = json.loads(json.dumps(style_of(captions, learned)))  # plain values, as a checkpoint holds them
     caption = captions[0]
@@ -74,6 +74,11 @@ def test_a_prompt_becomes_like_the_captions_of_training(learned):
     assert like_training(".", style, learned)[0] == "."  # nothing would be left
     text, (note,) = like_training("a zebra at the top left and a blüe square", style, learned)
     assert text.startswith("a zebra") and "zebra" in note and "blüe" in note.split("such words as")[1]
+    learned.style = style
+    assert read_prompt(f" {caption.upper()}.\n", learned) == caption and "is read as" in capsys.readouterr().err and read_prompt("\ufeff", learned) == ""
+    del learned.style
+    assert read_prompt("A red circle.", learned) == "A red circle."
+    assert style_of([f"a {n}" for n in range(90)], BPETokenizer())["tokens"] and not style_of(["a b", "a c"], BPETokenizer())["tokens"]  # not all that there are
     written = style_of([*captions, "A Capital and a stop."], learned)
     assert like_training("A red circle.", written, learned)[0] == "A red circle."
 
