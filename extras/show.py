@@ -3,9 +3,11 @@
 import base64
 import html
 import io
+import itertools
 import math
 import re
 import shlex
+import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -15,25 +17,9 @@ from extras.cli import printable
 
 
 def captioned(document):
-    """The images of a document, each with the text right before it, if there is any: (PIL image, str)."""
-    pairs = zip(["", *document], document)
-    return [
-        (part, before if isinstance(before, str) else "")
-        for before, part in pairs
-        if not isinstance(part, str)
-    ]
-
-
-def wrap(caption, font, width):
-    """A caption as lines of at most `width` pixels."""
-    lines = [""]
-    for word in caption.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
+    """The images of a document, each with the text right before it, or "": (PIL image, str) each."""
+    said = [part if isinstance(part, str) else "" for part in ["", *document]]
+    return [(part, before) for before, part in zip(said, document) if not isinstance(part, str)]
 
 
 def contact_sheet(images, captions, columns=None, side=128):
@@ -43,18 +29,17 @@ def contact_sheet(images, captions, columns=None, side=128):
         possible = range(math.ceil(root), math.ceil(1.5 * root) + 1)
         columns = min(possible, key=lambda n: -len(images) % n)
     font, gap, line = ImageFont.load_default(size=12), 10, 15
-    texts = [wrap(caption, font, side) for caption in captions]
-    height = side + 6 + line * max(map(len, texts))
+    texts = [textwrap.fill(caption, side // 6) for caption in captions]  # about six pixels a letter
+    width, height = side + gap, side + gap + 6 + line * max(text.count("\n") + 1 for text in texts)
     rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (gap + columns * (side + gap), gap + rows * (height + gap)), "white")
+    sheet = Image.new("RGB", (gap + columns * width, gap + rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     for n, (image, text) in enumerate(zip(images, texts)):
-        x, y = gap + n % columns * (side + gap), gap + n // columns * (height + gap)
+        x, y = gap + n % columns * width, gap + n // columns * height
         resampling = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
         sheet.paste(image.resize((side, side), resampling), (x, y))
         draw.rectangle((x - 1, y - 1, x + side, y + side), outline=(205, 205, 205))
-        for k, words in enumerate(text):
-            draw.text((x, y + side + 4 + k * line), words, fill=(40, 40, 40), font=font)
+        draw.text((x, y + side + 4), text, fill=(40, 40, 40), font=font, spacing=3)
     return sheet
 
 
@@ -74,23 +59,21 @@ def html_page(documents, given):
             kind = "given" if i < n else "new"
             if isinstance(part, str):
                 parts.append(f'<p class="{kind}">{html.escape(part.strip())}</p>')
-                continue
-            file = io.BytesIO()
-            part.save(file, "PNG")
-            pixels = base64.b64encode(file.getvalue()).decode()
-            parts.append(f'<img class="{kind}" src="data:image/png;base64,{pixels}" alt="">')
+            else:
+                part.save(file := io.BytesIO(), "PNG")
+                pixels = base64.b64encode(file.getvalue()).decode()
+                parts.append(f'<img class="{kind}" src="data:image/png;base64,{pixels}" alt="">')
         parts.append("</article>")
     return "".join(parts) + "</body></html>\n"
 
 
-def save_film(path, films, captions, to_image, columns=None, frames=40):
-    """The denoising as an animated GIF of contact sheets.
+def save_film(path, films, captions, to_image, columns=None):
+    """The denoising as an animated GIF of at most 41 contact sheets.
 
     films: for each image, what it was at every step, from noise to the end; `to_image` makes images of that.
     """
     steps = len(films[0]) - 1
-    frames = min(frames, steps)
-    shown = sorted({round(n * steps / frames) for n in range(frames + 1)})
+    shown = sorted({round(n * steps / 40) for n in range(41)})
     sheets = [contact_sheet([to_image(film[n]) for film in films], captions, columns) for n in shown]
     duration = [80] * (len(sheets) - 1) + [2000]  # ms
     sheets[0].save(path, save_all=True, append_images=sheets[1:], duration=duration, loop=0)
@@ -118,10 +101,8 @@ class Terminal:
         if step == 0:
             films.append([])
             self.on_text(number, "\n")  # the bar takes the next line
-            if self.bar is None:
-                self.bar = tqdm(desc="denoise", total=self.steps, leave=False)
-            else:
-                self.bar.total += self.steps
+            self.bar = self.bar or tqdm(desc="denoise", total=0, leave=False)
+            self.bar.total += self.steps
         self.bar.update(step > 0)
         if self.keep:
             films[-1].append(x_t.clone())
@@ -136,6 +117,13 @@ def show(results, documents, out, terminal, settings, to_image):
     ours = re.compile(r"\d{3,}(_\d+)?\.png|sheet\.png|film\.gif|page\.html")
     left = {path.name for path in out.glob("*") if ours.fullmatch(path.name)}
     images, captions, numbers = [], [], set()
+
+    def place(name):
+        """Where a file of this name is written to."""
+        out.mkdir(parents=True, exist_ok=True)
+        left.discard(name)
+        return out / name
+
     for n, (document, prompt) in enumerate(zip(results, documents)):
         text = " ".join(part.strip() for part in document if isinstance(part, str)) or "(no text)"
         new = captioned(document)[len(captioned(prompt)) :]
@@ -146,31 +134,24 @@ def show(results, documents, out, terminal, settings, to_image):
         notes.add_text("settings", settings[n])
         line = "" if terminal.prefix == "" else f"{n}: {text}"
         for k, (image, caption) in enumerate(new):
-            path = out / (f"{n:03d}_{k}.png" if k else f"{n:03d}.png")
-            out.mkdir(parents=True, exist_ok=True)
+            path = place(f"{n:03d}_{k}.png" if k else f"{n:03d}.png")
             image.save(path, pnginfo=notes)
-            left.discard(path.name)
             line += f"  [{path}]"
             images.append(image)
             captions.append(caption or text)
         print(printable(line))
     columns = max(numbers) if len(numbers) == 1 < max(numbers) else None  # a row for each story
-
-    def said(words, name):
-        """The path of a file that gathers them; it is named."""
-        left.discard(name)
-        print(f"{words}: {out / name}")
-        return out / name
-
     if len(images) > 1:
-        contact_sheet(images, captions, columns).save(said("all of them", "sheet.png"))
+        contact_sheet(images, captions, columns).save(place("sheet.png"))
+        print(f"all of them: {out / 'sheet.png'}")
     if images and terminal.keep:
-        films = [film for n in sorted(terminal.films) for film in terminal.films[n]]
-        save_film(said("how they came about", "film.gif"), films, captions, to_image, columns)
+        films = itertools.chain(*(terminal.films[n] for n in sorted(terminal.films)))
+        save_film(place("film.gif"), list(films), captions, to_image, columns)
+        print(f"how they came about: {out / 'film.gif'}")
     given = [len(prompt) for prompt in documents]
     if images and any(len(document) > min(2, n + 1) for document, n in zip(results, given)):
-        page = said("text and images in their order", "page.html")
-        page.write_text(html_page(results, given), encoding="utf-8")
+        place("page.html").write_text(html_page(results, given), encoding="utf-8")
+        print(f"text and images in their order: {out / 'page.html'}")
     if left:
         some = ", ".join(sorted(left)[:5]) + ", ..." * (len(left) > 5)
         print(f"{out} still has {len(left)} files of an earlier run: {some}")
