@@ -45,8 +45,7 @@ def known(config, pairs, text=None):
 def known_of(run):
     """The same of a run's data."""
     documents = run.loader.stream.document
-    pairs = getattr(documents, "kinds", [documents])[0].pairs  # text may lie between them
-    return known(run.config, pairs, getattr(documents, "text", None))
+    return known(run.config, documents.pairs, getattr(documents, "text", None))
 
 
 def changes(state, config, found, settled, where):
