@@ -55,7 +55,7 @@ def perplexity(trained, texts):
     A text longer than the training's rows is cut into pieces of that length, each with a <BOS> of its own.
     Raises ValueError if there is nothing to read.
     """
-    model, tokenizer, device = trained.model, trained.tokenizer, next(trained.model.parameters()).device
+    model, tokenizer, c = trained.model, trained.tokenizer, trained.model.config
     longest = trained.data.seq_len - 1
     encoded = [tokenizer.encode(text) for text in texts]
     pieces = [ids[i : i + longest] for ids in encoded for i in range(0, len(ids), longest)]
@@ -63,15 +63,14 @@ def perplexity(trained, texts):
         raise ValueError("there is no text to measure the perplexity of")
     length = 1 + max(map(len, pieces))
     rows = max(1, 4096 // length)  # the logits of 4096 positions fit into memory
-    side = model.config.latent_size
-    no_images = torch.zeros(0, model.config.latent_channels, side, side, device=device)
+    no_images = model.head.weight.new_zeros(0, c.latent_channels, c.latent_size, c.latent_size)
     loss, tokens = 0.0, 0
     for i in range(0, len(pieces), rows):
-        batch = collate([[[piece]] for piece in pieces[i : i + rows]], tokenizer, length, 0).to(device)
+        documents = [[[piece]] for piece in pieces[i : i + rows]]
+        batch = collate(documents, tokenizer, length, 0).to(no_images.device)
         ends = batch.targets == tokenizer.eos  # what follows a text is no text
         targets = batch.targets.masked_fill(ends, NO_LOSS)
-        mask = transfusion_mask(batch.image_id, batch.doc_id)
-        no_t = no_images[:, 0, 0, 0]
+        mask, no_t = transfusion_mask(batch.image_id, batch.doc_id), no_images[:, 0, 0, 0]
         logits, _ = model(batch.tokens, batch.image_id, batch.positions, mask, no_images, no_t)
         logits = logits.flatten(0, 1).float()  # (B S, vocab_size)
         loss += F.cross_entropy(logits, targets.flatten(), ignore_index=NO_LOSS, reduction="sum").item()
@@ -127,8 +126,7 @@ def main(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--text", metavar="FILE", help="also measure the perplexity of this text, .txt or .jsonl")
     add("--inception", metavar="FILE", default="", help="weights of FID's network: also measure FID")
-    clip = "a CLIP of transformers or open_clip: also measure the CLIP score"
-    add("--clip", metavar="FOLDER", default="", help=clip)
+    add("--clip", metavar="FOLDER", default="", help="a CLIP of transformers or open_clip: also its score")
     add("--json", metavar="FILE", help="also write the scores there")
     args = parser.parse_args(argv)
     texts = extras.room("text").read_texts(args.text) if args.text else []

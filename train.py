@@ -35,7 +35,7 @@ from attention_mask import PADDING, transfusion_mask
 from data import NO_LOSS, DataConfig
 from diffusion import DDPM, DiffusionConfig, SamplingConfig
 from evaluate import evaluate
-from extras import Choices, cli, costs, machine, runs
+from extras import Choices, cli, costs, gap, machine, runs
 from extras.average import Average
 from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
 from extras.idle import refuse_idle
@@ -204,26 +204,28 @@ class Objective:
         x_0 = self.vae.to_latents(*posterior, of_posterior)
         return replace(batch, images=x_0.new_empty(0)), x_0, t, eps
 
-    def each(self, model, batch, rows, key, t_draw=None):
-        """The losses of each position (B, S) and each image (N,), and the images' timesteps (N,)."""
-        batch, x_0, t, eps = self.noised(batch, rows, key, t_draw)
+    def each(self, model, batch, x_0, t, eps):
+        """The losses of each position (B, S) and each image (N,)."""
         with self.autocast():
-            return *losses(model, self.ddpm, batch, x_0, t, eps, self.mask), t
+            return losses(model, self.ddpm, batch, x_0, t, eps, self.mask)
 
     def sums(self, model, batch, rows, key):
         """The sum of the text targets' losses, and that of the noised images'."""
-        lm, ddpm, t = self.each(model, batch, rows, key)
+        batch, x_0, t, eps = self.noised(batch, rows, key)
+        lm, ddpm = self.each(model, batch, x_0, t, eps)
         return lm.sum(), (ddpm * (t > 0)).sum()
 
     def measured(self, model, batch, rows, key):
         """For validation, with t drawn uniformly: {name: (sum of the losses, how many they are)}."""
-        lm, ddpm, t = self.each(model, batch, rows, key, t_draw="uniform")
-        is_target = batch.targets.to(self.device) != NO_LOSS
+        batch, x_0, t, eps = self.noised(batch, rows, key, t_draw="uniform")
+        each = partial(self.each, model)
+        lm, ddpm = each(batch, x_0, t, eps)
+        is_target = batch.targets != NO_LOSS
         found = {"val_lm": (lm[is_target].sum().item(), int(is_target.sum()))}
         quarter = torch.where(t > 0, (t - 1) * 4 // self.ddpm.timesteps, -1)  # (N,): of the range of t
         for name, some in (("val_ddpm", t > 0), *((f"val_ddpm_q{n + 1}", quarter == n) for n in range(4))):
             found[name] = sum(ddpm[some].tolist()), int(some.sum())
-        return found
+        return found | gap.measure(each, self.ddpm.timesteps, batch, x_0, t, eps, lm, ddpm)
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -287,7 +289,7 @@ def validate(run):
             sums = {name: np.add(sums.get(name, 0.0), each) for name, each in found.items()}
         run.parallel.train()
     summed = total(np.concatenate(list(sums.values())).tolist(), run.device)
-    return {name: s / n if n else None for name, s, n in zip(sums, summed[0::2], summed[1::2])}
+    return gap.summary({name: each for name, *each in zip(sums, summed[0::2], summed[1::2])})
 
 
 # ---- Set-up --------------------------------------------------------------------------------------
@@ -373,7 +375,7 @@ def train(config, resume=False):
     model = trained(run)
     if model:
         print(f"trained in {time.time() - began:.0f} s; 3. the evaluation", flush=True)
-        scores = evaluate(model, config.judged)
+        scores = evaluate(model, config.judged) | {"validation": run.log.found}
         print(format_scores(scores))
         runs.write_json(run.out / "scores.json", scores)
         made = "checkpoint.pt, samples_*.png, log.jsonl, scores.json"

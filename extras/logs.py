@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import asdict
 
+from extras import gap
 from extras.costs import peak_flops
 from extras.machine import import_wandb, machine, say
 from extras.parallel import first
@@ -21,6 +22,7 @@ class Log:
         self.tokens = config.rows * config.data.seq_len  # positions of a step
         self.peak = (machine(config, run.device)[0] and peak_flops(run.device) or 0) * run.ranks
         self.steps, self.seconds, self.flops = 0, 0.0, 0.0  # since the last line
+        self.found = {}  # of the last validation
         if run.rank:
             return
         self.file = (run.out / "log.jsonl").open("ab", buffering=0)
@@ -60,10 +62,12 @@ class Log:
     def validation(self, step, found):
         """Log the losses of a validation: {name: mean or None}."""
         self.write(step, found)
-        means = (
-            f"{name.removeprefix('val_')} " + ("-" if v is None else f"{v:.3f}") for name, v in found.items()
-        )
-        say(self, "held out: " + " | ".join(means))
+        self.found = found
+        texts = {name.removeprefix("val_"): "-" if v is None else f"{v:.3f}" for name, v in found.items()}
+        quarters = " ".join(texts[name] for name in texts if name.startswith("ddpm_q"))
+        means = [f"{name} {text}" for name, text in texts.items() if "_q" not in name and "gap" not in name]
+        means += [f"by t {quarters}"] if quarters else []
+        say(self, " | ".join(["held out: " + means[0], *means[1:], *gap.said(found)]))
 
     def write(self, step, values):
         """One line: {name: number} of a step. Raises OSError, in all processes, if the disk is full."""

@@ -1,5 +1,7 @@
 """The scores of evaluate.py as a table, 80 columns wide."""
 
+from extras import gap
+
 NAMES = {  # of the numbers that own data are scored by
     "cider": "CIDEr-D of the captions",
     "latent_frechet_distance": "Frechet distance of latents (not FID)",
@@ -30,6 +32,8 @@ def format_scores(scores):
     for label, aspects in shares:
         cells = (f"{100 * aspects[aspect]:9.1f}" if aspect in aspects else " " * 9 for aspect in columns)
         lines.append(f"{label:24}{''.join(cells)}{aspects['n']:9}")
+    if gaps := gap.said(scores.get("validation", {})):
+        numbers.append(f"{'held out':24}" + ", ".join(gaps) + " (0 = the condition is ignored)")
     if "text" in scores:
         numbers.append(f"{scores['text']['path']}: {perplexities(scores['text'])}")
     return "\n".join(lines + list(dict.fromkeys(numbers)))
