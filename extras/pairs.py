@@ -282,9 +282,9 @@ def find(path, found):
     """What --data names -> (the places that images are in, what changes when they do, the records)."""
     files = files_below(path, found)
     tars = [name for name in files if name.lower().endswith(".tar")]
-    images = list(filter(is_image, files))
-    texts = [name for name in files if name.lower().endswith(CAPTIONS)]
-    key = [(name, files[name]) for name in tars or images + texts]
+    images, texts = list(filter(is_image, files)), [name for name in files if name.lower().endswith(CAPTIONS)]
+    parts = {name: (path / name, 0, LARGEST) for name in images + texts}
+    key = [(name, files[name]) for name in tars or parts]
     if tars and images:
         both = f"{len(tars):,} tars and {len(images):,} pictures"
         raise ValueError(f"{path}: holds {both}; name the tars, or a folder of the pictures alone")
@@ -292,9 +292,8 @@ def find(path, found):
         places = [path / name for name in tars] if path.is_dir() else [path]
         return places, key, records(places, lambda place: tar_parts(place, found), found)
     if images and path.is_dir():
-        parts = {name: (path / name, 0, LARGEST) for name in images + texts}
         return [path], key, records([path], lambda _: parts, found)
-    if texts and path.is_file() and path.suffix.lower() == ".json":
+    if files and path.suffix.lower() == ".json":
         folders = coco_folders(path)
         counts = [sum(map(is_image, os.listdir(f))) if f.is_dir() else 0 for f in folders]
         return folders, key + counts, coco_records(path, found)

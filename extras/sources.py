@@ -7,7 +7,7 @@ source of text has `ids(i)`. Everything is a function of (seed, index).
 import itertools
 import os
 import sys
-from functools import lru_cache
+from functools import lru_cache, partialmethod
 from multiprocessing import parent_process
 
 import numpy as np
@@ -72,21 +72,13 @@ class Mixture:
     def __len__(self):
         return sum(map(len, self.sources))
 
-    def _of(self, index, method):
+    def _ask(self, method, index):
         which, number = interleave(index, self.weights, self.seed)
-        return method(self.sources[which], number)
+        return getattr(self.sources[which], method)(number)
 
-    def pair(self, index):
-        """(caption, load) of pair number `index`."""
-        return self._of(index, lambda source, number: source.pair(number))
-
-    def captions(self, index):
-        """All that is written about its image."""
-        return self._of(index, lambda source, number: source.captions(number))
-
-    def name(self, index):
-        """What messages call it."""
-        return self._of(index, lambda source, number: source.name(number))
+    pair = partialmethod(_ask, "pair")  # (caption, load) of pair number `index`
+    captions = partialmethod(_ask, "captions")  # all that is written about its image
+    name = partialmethod(_ask, "name")  # what messages call it
 
 
 class WithText:

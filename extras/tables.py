@@ -32,8 +32,7 @@ class Found:
         """All that was found, in words. Raises ValueError if nothing is good, or too much is not."""
         note = ", ".join(f"{n:,} {kind} (first: {self.first[kind]})" for kind, n in self.kinds.items())
         if not self.good:
-            nothing = f"{source}: holds {self.what} of no kind that can be used"
-            raise ValueError(f"{nothing}: {note}" if note else nothing)
+            raise ValueError(f"{source}: holds {self.what} of no kind that can be used: {note or 'nothing'}")
         if self.bad > max_broken * (self.good + self.bad):
             share = f"{self.bad:,} of {self.good + self.bad:,} {self.what} cannot be used"
             raise ValueError(f"{source}: {share}, more than --max_broken {max_broken:g} allows: {note}")
@@ -62,16 +61,16 @@ def files_below(path, found):
         return {os.path.basename(path): stamp(path)}
     unread = lambda error: found.skip("folders that cannot be read", error.filename)
     for place, folders, names in os.walk(path, followlinks=True, onerror=unread):
-        new, seen = os.path.realpath(place) not in entered, lambda name: not name.startswith(".")
+        if os.path.realpath(place) in entered:
+            folders.clear()
+            continue
         entered.add(os.path.realpath(place))
-        folders[:] = sorted(filter(seen, folders)) if new else []
-        for name in filter(seen, names if new else []):
-            file = os.path.join(place, name)
-            if when := stamp(file):
-                files[file[start:]] = when
-            else:
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in [os.path.join(place, name) for name in names if not name.startswith(".")]:
+            files[file[start:]] = stamp(file)
+            if not files[file[start:]]:
                 found.skip("links to nothing, and special files", file, lost=0)
-    return dict(sorted(files.items()))
+    return {name: files[name] for name in sorted(files) if files[name]}
 
 
 def side(name):
