@@ -40,21 +40,13 @@ def training_flops(model, context, images=0.0):
     return 6 * (weights_of(model.blocks, model.head) + of_images) + 12 * c.n_layers * c.dim * context
 
 
-def mean_context(batch, n_patches):
-    """How many positions one of the batch sees, on average: all before it in its document, and itself.
-
-    A patch also sees those after it in its image, (n_patches - 1) / 2 on average. n_patches is 1 where
-    images are read causally.
-    """
-    later = (batch.image_id >= 0).float().mean() * (n_patches - 1) / 2
-    return float((batch.positions + 1).float().mean() + later)
-
-
 def batch_flops(model, batch):
     """Training FLOPs that a batch costs."""
     c, positions = model.config, batch.tokens.numel()
-    context = mean_context(batch, c.n_patches if c.image_attention == "bidirectional" else 1)
-    return positions * training_flops(model, context, len(batch.max_t) / positions)
+    # A position sees all before it in its document, and itself; a patch also the later ones of its image.
+    later = (c.n_patches - 1) / 2 if c.image_attention == "bidirectional" else 0
+    context = (batch.positions + 1).float().mean() + (batch.image_id >= 0).float().mean() * later
+    return positions * training_flops(model, float(context), len(batch.max_t) / positions)
 
 
 def training_memory(model, gpus, rows, seq_len, checkpoint_activations=False):
@@ -68,8 +60,7 @@ def training_memory(model, gpus, rows, seq_len, checkpoint_activations=False):
     is the logits and their softmax (float32, and bfloat16).
     """
     c = model.config
-    n = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.blocks[0].parameters())
+    n, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
     copied = n - model.embedding.weight.numel() if gpus == 1 else n - max(0, c.n_layers - 2) * block
     kept = 4 * c.dim
     if not checkpoint_activations:
@@ -80,6 +71,7 @@ def training_memory(model, gpus, rows, seq_len, checkpoint_activations=False):
 
 
 if __name__ == "__main__":
+    import itertools
     import sys
     from pathlib import Path
 
@@ -89,18 +81,15 @@ if __name__ == "__main__":
     tokens, seq_len = 0.5e12, 4096  # the paper's
     parts = ("weights", "copies", "gradients", "optimiser", "average", "activations", "total")
     print("  size  GFLOPs/token  days of one H100  GPUs |" + "".join(f"{part:>13}" for part in parts))
-    for name, size in SIZES.items():
+    for (name, size), gpus in itertools.product(SIZES.items(), (1, 8, 64)):
         with torch.device("meta"):  # shapes without storage
             model = Transfusion(TransfusionConfig(**size))
         flops = training_flops(model, context=(seq_len + 1) / 2)
         days = tokens * flops / (0.5 * PEAK_FLOPS["H200"]) / 86400
-        for gpus in (1, 8, 64):
-            found = training_memory(model, gpus, 1, seq_len)
-            found["total"] = sum(found.values())
-            less = found["activations"] - training_memory(model, gpus, 1, seq_len, True)["activations"]
-            cells = "".join(f"{found[part] / 1e9:13.1f}" for part in parts)
-            row = f"{name:>6}  {flops / 1e9:12.2f}  {days:16,.0f}  {gpus:4} |{cells}"
-            print(f"{row}  ({(found['total'] - less) / 1e9:.1f})")
+        found, less = (training_memory(model, gpus, 1, seq_len, again) for again in (False, True))
+        cells = "".join(f"{found.get(part, sum(found.values())) / 1e9:13.1f}" for part in parts)
+        row = f"{name:>6}  {flops / 1e9:12.2f}  {days:16,.0f}  {gpus:4} |{cells}"
+        print(f"{row}  ({sum(less.values()) / 1e9:.1f})")
     print("GFLOPs/token: forward and backward, sequences of 4096, plain causal attention.")
     print("Days: of an H100 or H200, for the paper's 0.5T tokens at 50% MFU.")
     print("Then GB per GPU, for one row of 4096 tokens at a time; weights, optimiser and average are shared")

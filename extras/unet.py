@@ -47,14 +47,14 @@ class UNetPatches(nn.Module):
         super().__init__()
         self.config = c = config
         norm = NORMS[norms]
-        depth = c.patch_size.bit_length() - 1  # one halving for each factor of 2
-        widths = [channels >> (depth - level) for level in range(depth + 1)]  # level 0 is the latents'
+        depth = c.patch_size.bit_length()  # one halving for each factor of 2
+        widths = [channels >> level for level in reversed(range(depth))]  # level 0 is the latents'
         conv = partial(nn.Conv2d, kernel_size=3, padding=1)
         self.timestep = TimestepEmbedding(channels, channels)
         self.enter, self.down, self.up, self.leave = (nn.ModuleList() for _ in range(4))  # of every level
         for level, width in enumerate(widths):
             above = widths[level - 1] if level else width
-            ins = [above] + [width] * (blocks - 1)
+            ins = [above, *[width] * (blocks - 1)]
             self.enter.append(Downsample(above) if level else conv(c.latent_channels, width))
             self.down.append(nn.ModuleList(UNetBlock(before, width, channels, norm) for before in ins))
             self.up.append(nn.ModuleList(UNetBlock(2 * width, width, channels, norm) for _ in range(blocks)))
@@ -100,14 +100,13 @@ class UNetPatches(nn.Module):
 
 
 def check_widths(patch_size, channels):
-    """Raises ValueError unless every level's width is a whole number that the groups of the norms divide."""
+    """Raises ValueError unless every level's width is a whole number that groups of four channels divide."""
     if patch_size & (patch_size - 1):
         wanted = "a U-Net halves the resolution, so it must be 1, 2, 4, 8 or another power of two"
         raise ValueError(f"patch_size is {patch_size}; {wanted}")
-    widths = [channels / 2**level for level in range(patch_size.bit_length())]
-    if any(width < 1 or width % 4 or width > 64 and width % 32 for width in widths):
-        wanted = f"it must be a multiple of {4 * patch_size}, such as {16 * patch_size}"
-        raise ValueError(f"unet_channels is {channels}; with patch_size {patch_size} {wanted}")
+    if channels % (4 * patch_size):
+        wanted = f"with patch_size {patch_size} it must be a multiple of {4 * patch_size}"
+        raise ValueError(f"unet_channels is {channels}; {wanted}")
 
 
 def unet_transfusion(config, channels, blocks, norms="layer"):
