@@ -104,7 +104,7 @@ class TextFiles:
     """The texts of --text, cut into pieces that fit a row, as a source of text.
 
     A tenth of the pieces, by a hash of where they are, is the "held_out" split; the rest is "train", in a new
-    order each epoch. Raises ValueError, naming the file, if one cannot be read.
+    order each epoch. What cannot be read is left out and counted. ValueError if that is too much.
     """
 
     def __init__(self, config, tokenizer, split="train", seed=0):
@@ -121,14 +121,21 @@ class TextFiles:
                 raise ValueError(f"--text {path}: {reason}")
         length = config.data.seq_len - 1
 
-        def records():
+        def texts():
             for file in files:
-                for where, text in read_text(file, found):
-                    found.good += 1
-                    ids = np.array(tokenizer.encode(text), self.dtype)
-                    for start in range(0, len(ids), length):
-                        piece, more = ids[start : start + length], start + length < len(ids)
-                        yield piece.tobytes(), more, 0, 0, side(f"{file.name}:{where}:{start}")
+                try:
+                    for where, text in read_text(file, found):
+                        yield f"{file.name}:{where}", text
+                except ValueError as error:
+                    found.skip("files that cannot be read", error)
+
+        def records():
+            for where, text in texts():
+                found.good += 1
+                ids = np.array(tokenizer.encode(text), self.dtype)
+                for start in range(0, len(ids), length):
+                    piece, more = ids[start : start + length], start + length < len(ids)
+                    yield piece.tobytes(), more, 0, 0, side(f"{where}:{start}")
 
         state = sha256(repr(tokenizer.state()).encode()).hexdigest()
         key = [(file.name, stamp) for file, stamp in files.items()], length, state

@@ -844,6 +844,13 @@ def test_bad_text(name, content, message, tmp_path):
         pieces(text_config(tmp_path / name))
 
 
+def test_one_text_that_cannot_be_read_does_not_stop_the_rest(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(40)))
+    assert sum(len(pieces(text_config(tmp_path), split=split)) for split in ("train", "held_out")) == 40
+    assert "left out: 1 files that cannot be read (first: " in (said := capsys.readouterr().err) and "a.txt: is not UTF-8 text" in said
+
+
 def test_a_long_text_comes_in_stretches(tmp_path, monkeypatch):
     """However long the line is that it is on."""
     monkeypatch.setattr("extras.text.STRETCH", 1000)
