@@ -47,8 +47,7 @@ class Stories:
         kinds = rng.permutation(possible)[: self.changes]
         wanted = "train" if self.split == "seen" else self.split
         while True:
-            scenes = [self.scenes.arrange(self.scenes.draw_objects(rng), rng)]
-            instructions = []
+            scenes, instructions = [self.scenes.arrange(self.scenes.draw_objects(rng), rng)], []
             for kind in kinds:
                 instruction, scene = self._change(scenes[-1], kind, rng)
                 instructions.append(instruction)
@@ -59,10 +58,7 @@ class Stories:
 
     def _change(self, scene, kind, rng):
         """A random change -> (instruction, the Scene after it); if there is none, ("", the same Scene)."""
-
-        def one(choices):
-            return choices[rng.integers(len(choices))]
-
+        one = lambda choices: choices[rng.integers(len(choices))]
         i = rng.integers(len(scene.shapes))
         (new,) = self.scenes.arrange([one(self.scenes.objects)], rng).shapes
         ways = [] if scene.relation else list(self._ways(scene, i, kind, [new]))
@@ -95,10 +91,10 @@ class Stories:
     def following(self, scene):
         """All that a scene allows: {instruction: the Scene after it}. What is added stands mid-place."""
         cells, new, found = self.scenes.cells, [], {}
-        for size, thing in itertools.product(self.scenes.sizes, self.scenes.objects):
-            for n, place in enumerate(PLACES[cells]):
-                x, y = (n % cells + 0.5) / cells, (n // cells + 0.5) / cells
-                new.append(Shape(*thing, size, x, y, WIDTHS[size], place))
+        places = enumerate(PLACES[cells])
+        for size, thing, (n, place) in itertools.product(self.scenes.sizes, self.scenes.objects, places):
+            x, y = (n % cells + 0.5) / cells, (n // cells + 0.5) / cells
+            new.append(Shape(*thing, size, x, y, WIDTHS[size], place))
         for i, shape in enumerate(scene.shapes):
             for the, kind in itertools.product(references(shape, scene.shapes), self.KINDS):
                 for after, wordings in self._ways(scene, i, kind, []):
@@ -135,10 +131,7 @@ def moved(shape, place, cells):
 
 def references(shape, shapes):
     """The names that mean this shape alone: "the circle", "the red circle" ...; "it" if there is no other."""
-
-    def names(s):
-        return [f"the {s.kind}", f"the {s.colour} {s.kind}", f"the{str(s)[1:]}"]
-
+    names = lambda s: [f"the {s.kind}", f"the {s.colour} {s.kind}", f"the{str(s)[1:]}"]
     others = [name for other in shapes if other is not shape for name in names(other)]
     found = [name for name in names(shape) if name not in others]
     return found if others else [*found, "it"]
@@ -182,9 +175,7 @@ def judge_change(before, after, pixels_before, pixels, grammar):
     new = next((shape for shape in after.shapes if shape not in before.shapes), None)
     ground, was = read_places(pixels_before, grammar)
     ground_now, now = read_places(pixels, grammar)
-
-    def as_wide(a, b):
-        return abs(a.width - b.width) < 2.01 / 32
+    as_wide = lambda a, b: abs(a.width - b.width) < 2.01 / 32
 
     def same(a, b, colour=True, dx=0.0, dy=0.0):
         """Is b the shape a, moved by (dx, dy)?"""
@@ -200,8 +191,8 @@ def judge_change(before, after, pixels_before, pixels, grammar):
         changed = not left
     elif not old:
         drawn = read_places(after.render(), grammar)[1][new.place]
-        changed = bool(taken) and (taken.colour, taken.kind) == (new.colour, new.kind)
-        changed = changed and as_wide(taken, drawn)
+        right = taken and (taken.colour, taken.kind) == (new.colour, new.kind)
+        changed = bool(right and as_wide(taken, drawn))
     else:
         moves = old.place != new.place
         changed = bool(taken) and (not left if moves else taken.colour == new.colour)
