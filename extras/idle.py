@@ -2,7 +2,7 @@
 
 SIZES = "dim n_layers n_heads n_kv_heads mlp_multiple mlp_width rope_theta rope_scaling norm_eps qk_norm"
 DIFFUSED = "timesteps prediction t_draw t_mean t_std patch_size patch_encoder image_attention lambda_ddpm "
-DIFFUSED += "image_first_max_t steps sampler"
+DIFFUSED += "steps sampler"
 CODES = "codebook commitment_weight code_temperature code_top_p post_norm z_loss"
 VAE = "vae_channels vae_channel_multiples vae_n_res vae_latent_channels vae_unshuffle vae_mid_attention "
 VAE += "vae_quant_convs vae_norm_groups vae_kl_weight vae_perceptual_weight vae_disc_weight vae_disc_start "
