@@ -112,12 +112,6 @@ class WithText:
         return f"text {number}" if is_text else self.kinds[0].name(number)
 
 
-def fingerprint(documents):
-    """What the data of a recipe of documents are, however their paths are spelt; "" = made here."""
-    used = documents.pairs, getattr(documents, "text", None)
-    return ", ".join(source.fingerprint for source in used if hasattr(source, "fingerprint"))
-
-
 # ---- What is left out ----------------------------------------------------------------------------
 
 
