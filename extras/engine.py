@@ -129,7 +129,8 @@ class Engine:
         """What image mode needs; at most so many images are to come."""
         c, self.steps = self.config, self.options.steps
         self.noisy = needs_noise(self.options.sampler, self.options.eta)
-        self.timesteps = torch.tensor(self.trained.ddpm.sampling_timesteps(self.steps) + [0])  # last: clean
+        visited = self.trained.ddpm.sampling_timesteps(self.steps)
+        self.timesteps = torch.tensor([0, *visited, 0])  # before the first is none; the last: clean
         self.shape = c.latent_channels, c.latent_size, c.latent_size
         self.compiled = n_images * self.steps >= COMPILE_FROM.get(self.device.type, math.inf)
 
@@ -292,7 +293,7 @@ class Engine:
         if self.compiled and len(rows) < self.cache.k.shape[1]:
             self.cache.rows = self.cache.row_index[:, 0]  # every other slice would be compiled anew
         x_t = torch.stack([s.x for s in sequences]).repeat_interleave(branches, 0)
-        t = self.timesteps[[s.step for s in sequences]].to(self.device).repeat_interleave(branches)
+        t = self.timesteps[[s.step + 1 for s in sequences]].to(self.device).repeat_interleave(branches)
         inputs = self.model, self.cache, x_t, t, positions, mask
         if self.compiled:
             try:
@@ -310,14 +311,12 @@ class Engine:
 
     def move(self, sequences, prediction):
         """One step of the sampler for each of these images."""
-        step = torch.tensor([s.step for s in sequences])
-        t, s = self.timesteps[step], self.timesteps[step + 1]
-        t_before = torch.where(step > 0, self.timesteps[step - 1], 0)
-        x_t = torch.stack([s.x for s in sequences])
-        before = t_before, torch.stack([s.x_0 for s in sequences])
+        steps = torch.tensor([s.step for s in sequences])
+        t_before, t, s = (self.timesteps[steps + k] for k in range(3))
+        x_t, x_0 = torch.stack([s.x for s in sequences]), torch.stack([s.x_0 for s in sequences])
         noise = self.noise(sequences) if self.noisy else None
-        sampler, eta = self.options.sampler, self.options.eta
-        x_s, x_0 = self.trained.ddpm.step(sampler, prediction, x_t, t, s, noise, eta, *before)
+        how = self.options.sampler, prediction, x_t, t, s, noise, self.options.eta
+        x_s, x_0 = self.trained.ddpm.step(*how, t_before, x_0)
         for n, sequence in enumerate(sequences):
             sequence.x, sequence.x_0 = x_s[n], x_0[n]
 
