@@ -182,9 +182,11 @@ TINY = dict(config="small", dim=32, n_layers=1, n_heads=2, rows=2, merges=64, ev
 
 
 def flags(**values):
-    """Options as the command line takes them; with a VAE at hand without those that would train one."""
+    """Options as the command line takes them, without those that would do nothing beside the others."""
     if values.get("vae"):
         values = {name: value for name, value in values.items() if not name.startswith("vae_")}
+    if values.get("config") == "chameleon":
+        values = {name: value for name, value in values.items() if name != "steps"}
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
