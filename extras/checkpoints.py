@@ -1,7 +1,6 @@
 """The checkpoint of a run: all that going on, on any number of processes, sampling and evaluating need."""
 
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,13 +31,12 @@ def averaged_weights(run):
 
 def known(config, pairs, text=None):
     """What the data are, wherever they lie: {option: what is compared in the place of a path}."""
-    found = {"latents": bool(config.extra.latents)}
+    tokenizer, latents = Path(config.extra.tokenizer).name, bool(config.extra.latents)
+    found = dict(tokenizer=tokenizer, latents=latents)  # the tokenizer's text is in the checkpoint
     for name, source in (("data", pairs), ("text", text)):
         if hasattr(source, "fingerprint"):
             weights = (f":{weight:g}" for weight in getattr(source, "weights", ()))
             found[name] = source.fingerprint + "".join(weights)
-    if Path(config.extra.tokenizer).is_file():
-        found["tokenizer"] = sha256(Path(config.extra.tokenizer).read_bytes()).hexdigest()[:8]
     return found
 
 

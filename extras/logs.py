@@ -22,7 +22,7 @@ class Log:
         self.tokens = config.rows * config.data.seq_len  # positions of a step
         self.peak = (machine(config, run.device)[0] and peak_flops(run.device) or 0) * run.ranks
         self.steps, self.seconds, self.flops = 0, 0.0, 0.0  # since the last line
-        self.found = {}  # of the last validation
+        self.found = (state or {}).get("found", {})  # of the last validation
         if run.rank:
             return
         self.file = (run.out / "log.jsonl").open("ab", buffering=0)
@@ -82,5 +82,5 @@ class Log:
             raise OSError(f"{self.file.name}: could not be written to ({reason(error)})") from None
 
     def state(self):
-        """What a checkpoint keeps: where the file ends, and what the run is called elsewhere."""
-        return {"log": self.file.tell(), "wandb": self.wandb and self.wandb.id}
+        """What a checkpoint keeps: where the file ends, the last validation, the run's name elsewhere."""
+        return {"log": self.file.tell(), "found": self.found, "wandb": self.wandb and self.wandb.id}

@@ -48,13 +48,11 @@ def first(work):
     """
     if not dist.is_initialized():
         return work()
-    found, failure, rank = None, [None], dist.get_rank()
+    found, failure = None, [None]
     try:
-        found = work() if rank == 0 else None
+        found = work() if dist.get_rank() == 0 else None
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        kinds = ValueError, OSError, FloatingPointError, KeyboardInterrupt
-        kind = next(kind for kind in kinds if isinstance(error, kind))
-        failure = [kind(str(error))]
+        failure = [error]
     with Interrupt():
         dist.broadcast_object_list(failure)
     if failure[0]:

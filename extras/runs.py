@@ -10,7 +10,6 @@ import platform
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -32,7 +31,8 @@ import torch  # noqa: E402, it takes seconds
 from tqdm import tqdm  # noqa: E402
 
 STOPPED = "stopped. Training that had begun was saved: the same command with --resume goes on from there"
-AT_ONCE = "stopped at once, without saving: --resume goes on from what was saved before"
+FINISHING = "\nfinishing what is begun, then saving; once more stops at once\n"
+AT_ONCE = "\nstopped at once, without saving: --resume goes on from what was saved before\n"
 WORK = ("checkpoint.pt", "log.jsonl", "scores.json", "samples_*.png")  # of a run, beside its vae.pt
 ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
@@ -132,17 +132,11 @@ def newest_checkpoint():
 
 def check_folder(path, option):
     """Raises ValueError, naming the option, if a folder cannot be written to: ask before long work."""
-    path = Path(path)
-    try:
-        new = [folder for folder in (path, *path.parents) if not folder.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-        for folder in new:  # until there is something to write
-            folder.rmdir()
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"{option}: {path} is not a folder") from None
-    except OSError as error:
-        raise ValueError(f"{option}: {path} cannot be written to ({error.strerror})") from None
+    there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option}: {path} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}: {path} cannot be written to")
 
 
 def check_file(path, option):
@@ -181,8 +175,11 @@ def claim(folder, work, resume):
     """
     folder = Path(folder)
     check_folder(folder, "--out")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+    except OSError as error:
+        raise ValueError(f"--out: {folder} cannot be written to ({reason(error)})") from None
     there = sorted(path.name for name in work for path in folder.glob(name) if path.stat().st_size)
     if there and not resume:
         held = f"holds {', '.join(there[:4])} of an earlier run"
@@ -207,19 +204,15 @@ class Interrupt:
         return self
 
     def _ask(self, number, _):
-        if not self.asked:
-            self._say("finishing what is begun, then saving; once more stops at once")
-            self.asked, self.since = True, time.monotonic()
-            for bar in tqdm._instances if number != signal.SIGINT else ():
-                bar.disable = True  # the terminal may be gone
-        elif time.monotonic() - self.since > 1:  # a shell and torchrun pass on what came already
-            self._say(AT_ONCE)
+        if self.asked and time.monotonic() < self.since + 1:
+            return  # a shell and torchrun pass on what came already
+        with contextlib.suppress(OSError):  # a print might be what was interrupted
+            os.write(2, (AT_ONCE if self.asked else FINISHING).encode())
+        if self.asked:
             sys.exit(130)
-
-    def _say(self, text):
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            with contextlib.suppress(OSError):
-                os.write(2, f"\n{text}\n".encode())  # a print might be what was interrupted
+        self.asked, self.since = True, time.monotonic()
+        for bar in tqdm._instances if number != signal.SIGINT else ():
+            bar.disable = True  # the terminal may be gone
 
     def __exit__(self, kind, *_):
         for one, handler in self.before.items():
