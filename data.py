@@ -59,6 +59,7 @@ class Tokenizer:
         self.pieces = list(pieces)
         self.bos, self.eos, self.boi, self.eoi, self.pad = range(len(pieces), len(pieces) + 5)
         self.vocab_size = len(pieces) + 5
+        self.style = None  # how the captions of training are written, if that is known (extras/text.py)
 
     def encode(self, text):
         """str -> list of ids, without special tokens. Any text can be encoded, and decodes to itself."""
@@ -70,7 +71,7 @@ class Tokenizer:
 
     def state(self):
         """What a checkpoint keeps of it: plain values."""
-        return {}
+        return {"style": self.style}
 
 
 # ---- The batch -----------------------------------------------------------------------------------

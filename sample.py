@@ -22,7 +22,7 @@ from PIL import Image
 
 import extras
 from attention_mask import TEXT, transfusion_mask
-from data import DataConfig, Tokenizer, clean_text, to_pixels
+from data import DataConfig, Tokenizer, to_pixels
 from diffusion import DDPM, DiffusionConfig, SamplingConfig, guide
 from extras import Choices, cli, generate, runs, show
 from model import Transfusion, TransfusionConfig
@@ -126,7 +126,7 @@ def generate_one(
     sequence = [tokenizer.bos]
     for part in document:
         if isinstance(part, str):
-            sequence += tokenizer.encode(clean_text(part))
+            sequence += tokenizer.encode(extras.room("text").read_prompt(part, tokenizer))
         else:
             pixels = to_pixels(extras.room("pairs").fit_image(part, trained.data.image_size))  # (3, H, W)
             sequence += [tokenizer.boi, trained.vae.encode(pixels[None].to(device)), tokenizer.eoi]
@@ -215,13 +215,10 @@ def main(argv=None):
     terminal = show.Terminal(engine.count_steps(trained, settings), args.gif, prefix)
     calls = dict(on_text=terminal.on_text, on_step=terminal.on_step)
     results = generate(trained, documents, seeds, **settings, draw=drawing, max_batch=args.max_batch, **calls)
-    if terminal.bar:
-        terminal.bar.close()
     settings |= {"free": args.free} | ({"image": Path(args.image).name} if args.image else {})
     notes = ", ".join(f"{name} {value}" for name, value in settings.items())
     notes = [f"checkpoint {ckpt}, seed {seed}, {notes}" for seed in seeds]
-    to_image = lambda item: engine.to_image(item, trained)
-    show.show(results, documents, Path(args.out), terminal, notes, to_image)
+    show.show(results, documents, Path(args.out), terminal, notes, lambda x: engine.to_image(x, trained))
 
 
 if __name__ == "__main__":

@@ -182,6 +182,8 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents):
         """Standardised latents -> images (N, 3, H, W) in -1..1."""
+        if not latents.isfinite().all():
+            raise FloatingPointError("an image came out as NaN: broken weights, or too much --guidance_scale")
         z = latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
         return self.decoder(z).clamp(-1, 1)
 

@@ -158,20 +158,26 @@ def open_loader(run, split, workers):
 
 
 def open_tokenizer(config, pairs):
-    """The tokenizer that the options name; merges are learned from the first 2000 captions."""
-    if config.extra.tokenizer:
-        return room("tokenizers").read_tokenizer(config.extra.tokenizer)
-    if config.extra.merges:
-        captions = [pairs.pair(i)[0] for i in range(2000)]
-        return room("tokenizers").BPETokenizer.learn(captions, config.extra.merges)
-    return Tokenizer()
+    """The tokenizer that the options name. Merges and style are learned from the first 2000 captions."""
+    extra, captions = config.extra, [pairs.pair(i)[0] for i in range(2000)]
+    tokenizer = Tokenizer()
+    if extra.tokenizer:
+        tokenizer = room("tokenizers").read_tokenizer(extra.tokenizer, captions, config.data.max_broken)
+    elif extra.merges:
+        tokenizer = room("tokenizers").BPETokenizer.learn(captions, extra.merges)
+    tokenizer.style = room("text").style_of(captions, tokenizer)
+    return tokenizer
 
 
 def restore_tokenizer(state):
     """The tokenizer whose `state()` a checkpoint holds."""
+    tokenizer = Tokenizer()
     if "json" in state:
-        return room("tokenizers").JSONTokenizer(state["json"])
-    return room("tokenizers").BPETokenizer(state["merges"]) if "merges" in state else Tokenizer()
+        tokenizer = room("tokenizers").JSONTokenizer(state["json"])
+    elif "merges" in state:
+        tokenizer = room("tokenizers").BPETokenizer(state["merges"])
+    tokenizer.style = state.get("style")
+    return tokenizer
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -198,6 +204,8 @@ def read_trained(path):
         state = runs.load_checkpoint(path)
     if not isinstance(state, dict) or "ema" not in state or not isinstance(state.get("config"), dict):
         raise ValueError(f"{path}: is not a checkpoint of train.py")
+    if path.is_dir() and "cache" in (state["config"].get("extra") or ()):
+        state["config"]["extra"]["cache"] = "out/cache"  # not where somebody else's export says
     return path, state
 
 

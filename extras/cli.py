@@ -18,6 +18,7 @@ from typing import get_args
 
 import torch
 
+from data import clean_text
 from extras.runs import opening
 
 PREFIXES = {"autoencoder": "vae_"}  # part -> what the names of its options begin with
@@ -221,7 +222,7 @@ def read_prompts(path):
     """The lines of a text file, without the empty ones. Raises ValueError, naming the file."""
     with opening(path, "UTF-8 text"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = list(filter(None, map(clean_text, lines)))
     if not prompts:
         raise ValueError(f"{path}: holds no prompt; write one a line")
     return prompts

@@ -25,10 +25,11 @@ import torch
 from PIL import Image
 
 from attention_mask import transfusion_mask
-from data import Picture, clean_text, collate, document_length
+from data import Picture, collate, document_length
 from diffusion import guide, needs_noise
 from extras.cli import RANGES, RULE
 from extras.pairs import fit_image
+from extras.text import read_prompt
 
 # Tokens for each sequence in text mode between two denoising steps; see tests/bench.py sampling.
 TEXT_CALLS = 4
@@ -339,6 +340,8 @@ def pick_tokens(logits, temperature, u, top_k=0, top_p=1.0):
     temperature (R,): 0 = the likeliest. top_k: only among the k likeliest, 0 = all. top_p: then only among
     the likeliest that together have at least this probability (Holtzman et al. 2020).
     """
+    if logits.isnan().any():
+        raise FloatingPointError("the next token came out as NaN: the weights are broken")
     greedy = logits.argmax(-1)
     logits = logits / torch.where(temperature == 0, 1, temperature)[:, None]
     if top_k:
@@ -419,7 +422,7 @@ def to_sequence(number, document, seed, trained, options):
         elif not isinstance(part, str):
             found = f"here has a {type(part).__name__}; of an array, Image.fromarray makes an image"
             raise ValueError(f"a document is of strings and PIL images, and {found}")
-        elif not (text := clean_text(part)):
+        elif not (text := read_prompt(part, trained.tokenizer)):
             advice = "say what to draw, or leave it out to let the model start by itself"
             raise ValueError(f"the prompt is empty; {advice}")
         else:

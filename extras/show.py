@@ -114,6 +114,8 @@ def show(results, documents, out, terminal, settings, to_image):
     An image's PNG holds the prompt, the whole document's text and the settings. What an earlier run left
     there, and this one does not write, is named.
     """
+    if terminal.bar:
+        terminal.bar.close()
     ours = re.compile(r"\d{3,}(_\d+)?\.png|sheet\.png|film\.gif|page\.html")
     left = {path.name for path in out.glob("*") if ours.fullmatch(path.name)}
     images, captions, numbers = [], [], set()

@@ -85,7 +85,7 @@ class BPETokenizer(Tokenizer):
 
     def state(self):
         """What a checkpoint keeps of it: plain values."""
-        return {"merges": self.merges}
+        return super().state() | {"merges": self.merges}
 
     def __reduce__(self):  # how it travels to worker processes
         return BPETokenizer, (self.merges,)
@@ -128,7 +128,7 @@ class JSONTokenizer(Tokenizer):
 
     def state(self):
         """What a checkpoint keeps of it: the whole text."""
-        return {"json": self.inner.to_str()}
+        return super().state() | {"json": self.inner.to_str()}
 
     def __reduce__(self):
         return JSONTokenizer, (self.inner.to_str(), self.where)
