@@ -19,7 +19,7 @@ def end_in_a_line(kind, error, trace):
     """What nobody catches is printed as ever, but Ctrl-C, while a program still starts, in one line."""
     if kind is not KeyboardInterrupt:
         return sys.__excepthook__(kind, error, trace)
-    print("\nstopped before anything was begun", file=sys.stderr)
+    print("\nstopped", file=sys.stderr)
     sys.exit(130)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pty
 import random
 import resource
 import select
@@ -17,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, flags
 from PIL import Image
+from test_distributed import torchrun
 from test_train import assert_same_weights, complaint, config_of
 
 import extras
@@ -219,7 +221,7 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
     time.sleep(0.7)  # torch is being imported
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
-    assert process.returncode == 130 and err.strip() == "stopped before anything was begun"
+    assert process.returncode == 130 and err.strip() == "stopped"
 
 
 # ---- A full disk, and other places that cannot be written to --------------------------------------------------------
@@ -406,3 +408,55 @@ def test_random_kills_and_signals_lose_nothing(tmp_path):
             finished += 1
     print(f"{dict(counts)} in {dict(stages)}; {finished} runs finished; a run takes {seconds:.1f} s")
     assert min(stages.values()) and len(stages) == 3
+
+
+def assert_saved(folder):
+    """All that was logged was saved."""
+    assert load_checkpoint(folder / "checkpoint.pt")["step"] == steps_logged(folder)[-1] < LONG["max_steps"]
+
+
+LONG = TINY | dict(rows=4, vae_steps=30, max_steps=3000, eval_every=5000, log_every=1)
+BOTH = "--standalone", "--nproc_per_node=2", ROOT / "train.py"
+
+
+@pytest.mark.slow
+def test_a_closed_window_loses_nothing(tmp_path):
+    """SIGHUP, and a terminal that nothing can be written to any more."""
+    pid, window = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *flags(**LONG, out=tmp_path)])
+    while len(steps_logged(tmp_path)) < 3:
+        if select.select([window], [], [], 0.1)[0]:
+            os.read(window, 2**16)
+    os.close(window)
+    os.waitpid(pid, 0)
+    assert_saved(tmp_path)
+
+
+@pytest.mark.slow
+def test_sighup_to_torchrun_under_nohup_loses_nothing(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        process = torchrun(*BOTH, *flags(**LONG, out=tmp_path / "out"), cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    while len(steps_logged(tmp_path / "out")) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=100)
+    assert err.count(runs.STOPPED) == 1
+    assert_saved(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n, expected", [(10**9, "holds vae.pt of an earlier run"), (700_000, "checkpoint.pt: could not be saved (File too large)")])
+def test_under_torchrun_all_stop_and_one_says_why(n, expected, tmp_path):
+    """Where the first process finds that the folder is taken, and where the disk is full in the middle of training."""
+    (tmp_path / "vae.pt").write_text("here" if n == 10**9 else "")
+    with disk_of(n):
+        process = torchrun(*BOTH, *flags(**LONG | dict(eval_every=2), out=tmp_path), cwd=tmp_path)
+    _, err = process.communicate(timeout=100)
+    ours = err.partition("ChildFailedError")[0]
+    assert process.returncode == 1 and err.count("error: ") == 1 and expected in err, err
+    assert ours.count("Traceback") == 1 and "RuntimeError" not in err and not list(tmp_path.glob("*.partial"))  # torchrun's own
