@@ -55,11 +55,12 @@ def clean_text(text):
 class Tokenizer:
     """Bytes as tokens: ids 0..255, then the five special tokens. Subclasses have other pieces of text."""
 
+    style = None  # how the captions of training are written, if that is known (extras/text.py)
+
     def __init__(self, pieces=tuple(bytes([i]) for i in range(256))):
         self.pieces = list(pieces)
         self.bos, self.eos, self.boi, self.eoi, self.pad = range(len(pieces), len(pieces) + 5)
         self.vocab_size = len(pieces) + 5
-        self.style = None  # how the captions of training are written, if that is known (extras/text.py)
 
     def encode(self, text):
         """str -> list of ids, without special tokens. Any text can be encoded, and decodes to itself."""

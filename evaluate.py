@@ -30,22 +30,16 @@ from sample import generate, load
 
 def draw(trained, prompts, seed=0, generate=generate):
     """A uint8 image for each prompt: a caption, or a document of strings and PIL images that ends in text."""
-    images = []
-    for i in range(0, len(prompts), 100):
-        chunk = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts[i : i + 100]]
-        documents = generate(trained, chunk, range(seed + i, seed + i + len(chunk)), max_tokens=0)
-        images += [np.array(document[-1]) for document in documents]
-    return images
+    documents = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
+    drawn = generate(trained, documents, range(seed, seed + len(documents)), max_tokens=0)
+    return [np.array(document[-1]) for document in drawn]
 
 
 def write_captions(trained, images, generate=generate):
     """Greedy captions of uint8 images."""
-    captions = []
-    for i in range(0, len(images), 100):
-        chunk = [[Image.fromarray(pixels)] for pixels in images[i : i + 100]]
-        documents = generate(trained, chunk, temperature=0.0, max_images=0, max_tokens=64)
-        captions += [document[1] if len(document) > 1 else "" for document in documents]
-    return captions
+    documents = [[Image.fromarray(pixels)] for pixels in images]
+    written = generate(trained, documents, temperature=0.0, max_images=0, max_tokens=64)
+    return [document[1] if len(document) > 1 else "" for document in written]
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Weights in and out: Stable Diffusion's autoencoders, Llamas, and models of ours as safetensors."""
 
-import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 
 from extras import cli
-from extras.runs import load_checkpoint, opening, read_json, written
+from extras.runs import load_checkpoint, opening, read_json, write_json, written
 from model import Block, Transfusion, TransfusionConfig
 from vae import VAE, VAEConfig
 
@@ -276,13 +275,12 @@ def freeze_text(model, new_tokens):
 def export(trained, folder):
     """Write what sampling needs as model.safetensors, vae.safetensors and config.json, for `sample.load`."""
     parts = dict(model=trained.model.config, diffusion=trained.ddpm.config, data=trained.data)
-    parts |= dict(sampling=trained.sampling, extra=trained.extra)
+    parts |= dict(sampling=trained.sampling, extra=replace(trained.extra, cache=""))  # that of this machine
     state = {"model_type": "transfusion", "config": {name: asdict(part) for name, part in parts.items()}}
     state |= {"vae_config": asdict(trained.vae.config), "tokenizer": trained.tokenizer.state()}
     for name, network in (("model", trained.model), ("vae", trained.vae)):
         write_safetensors(Path(folder) / f"{name}.safetensors", network.state_dict())
-    with written(Path(folder) / "config.json") as file:
-        file.write(json.dumps(state, indent=1).encode())
+    write_json(Path(folder) / "config.json", state)
 
 
 def read_export(folder):
