@@ -213,9 +213,7 @@ def tell(trained, stories, generate, seed=0):
     for k in range(len(texts[0])):
         documents = [[*document, text[k]] for document, text in zip(documents, texts)]
         seeds = range(seed + k * n, seed + (k + 1) * n)  # other noise for each image of a story
-        for i in range(0, n, 100):
-            some = slice(i, i + 100)
-            documents[some] = generate(trained, documents[some], seeds[some], max_tokens=0)
+        documents = generate(trained, documents, seeds, max_tokens=0)
     return documents
 
 
