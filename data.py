@@ -204,6 +204,7 @@ class Stream:
     def __init__(self, document, seq_len, rows, n_patches, mine=None, skipped=None):
         self.document, self.seq_len, self.rows, self.n_patches = document, seq_len, rows, n_patches
         self.made = lru_cache(maxsize=1024)(document)  # asked for first for its length, then for itself
+        self.length = lru_cache(maxsize=1024)(lambda i: document_length(self.made(i), n_patches))
         self.mine = list(range(rows) if mine is None else mine)
         self.state = {r: [r, []] for r in self.mine}
         self.skipped = skipped
@@ -215,12 +216,9 @@ class Stream:
             raise ValueError(f"{saved}; give the --rows that it was started with")
         self.state = {r: state[r] for r in self.mine}
 
-    def _length(self, i):
-        return document_length(self.made(i), self.n_patches)
-
     def _fits(self, i):
         """Is document i short enough for a row?"""
-        length = self._length(i)
+        length = self.length(i)
         if self.skipped:
             self.skipped.count_document(self.document, i, length, self.seq_len)
         elif length > self.seq_len:
@@ -238,14 +236,14 @@ class Stream:
                 if self._fits(ahead):
                     waiting.append(ahead)
                 ahead += self.rows
-            fitting = [i for i in waiting if self._length(i) <= free]
+            fitting = [i for i in waiting if self.length(i) <= free]
             if not fitting:
                 self.state[r] = [ahead, waiting]
                 return row
-            i = max(fitting, key=self._length) if row else fitting[0]
+            i = max(fitting, key=self.length) if row else fitting[0]
             waiting.remove(i)
             row.append(i)
-            free -= self._length(i)
+            free -= self.length(i)
 
     def __next__(self):
         """My rows of the next step: a list of lists of documents."""

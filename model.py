@@ -158,7 +158,8 @@ class Attention(nn.Module):
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=shared)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
+            with torch.autocast("cpu", enabled=False):  # it would make bf16 of them again
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
         return self.out(rearrange(y, "b h s d -> b s (h d)"))
 
 

@@ -199,8 +199,9 @@ class Objective:
         of_posterior, t, eps = (torch.cat(parts) for parts in zip(*draws))
         if not len(eps):
             return batch, eps, t, eps
-        encoded = self.config.extra.latents  # ahead: then `images` are means and log-variances
-        posterior = batch.images.chunk(2, dim=1) if encoded else self.vae.posterior(batch.images)
+        with self.autocast():
+            encoded = self.config.extra.latents  # ahead: then `images` are means and log-variances
+            posterior = batch.images.chunk(2, dim=1) if encoded else self.vae.posterior(batch.images)
         x_0 = self.vae.to_latents(*posterior, of_posterior)
         return replace(batch, images=x_0.new_empty(0)), x_0, t, eps
 

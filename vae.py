@@ -166,7 +166,7 @@ class VAE(nn.Module):
 
     def posterior(self, pixels):
         """q(z | x), not standardised: (N, 3, H, W) in -1..1 -> mean and log-variance (N, C, H/f, W/f)."""
-        mean, log_var = self.encoder(pixels).chunk(2, dim=1)
+        mean, log_var = self.encoder(pixels).float().chunk(2, dim=1)
         return mean, log_var.clamp(-30, 20)
 
     def to_latents(self, mean, log_var, noise=None):

@@ -1,6 +1,52 @@
 """AdamW, the paper's optimiser, and Muon beside it (Jordan et al. 2024)."""
 
+import math
+
 import torch
+
+QUINTIC = 3.4445, -4.7750, 2.0315  # of a step of the Newton-Schulz iteration
+
+
+def orthogonal(matrices, steps=5):
+    """Matrices (n, rows, columns) -> the same with all their singular values near 1, in bfloat16."""
+    x, tall = matrices.bfloat16(), matrices.shape[1] > matrices.shape[2]
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = QUINTIC
+    for _ in range(steps):
+        gram = x.mT @ x if tall else x @ x.mT  # the smaller of the two
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        x = x @ factor if tall else factor @ x  # a x + b x x' x + c (x x')^2 x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, made orthogonal, as large as an update of AdamW; decoupled weight decay.
+
+    Its update is that of torch.optim.Muon with "match_rms_adamw", but it takes all matrices of one shape at
+    once. The weights of a convolution are a matrix with a row for each output.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update all parameters that have a gradient. closure: never used."""
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                gradients = [p.grad for p in params]
+                momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+                updates = orthogonal(updates.flatten(2)).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                scale = -0.2 * math.sqrt(max(updates.shape[1:])) * group["lr"]
+                torch._foreach_add_(params, list(updates.view(-1, *shape)), alpha=scale)
 
 
 def make_optimizers(model, config, undecayed=()):
@@ -18,6 +64,5 @@ def make_optimizers(model, config, undecayed=()):
     betas = config.beta1, config.beta2
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=True)]
     if by_muon:
-        scaled = dict(weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(torch.optim.Muon(by_muon, lr=config.lr, **scaled))
+        optimizers.append(Muon(by_muon, lr=config.lr, weight_decay=config.weight_decay))
     return optimizers

@@ -6,7 +6,7 @@ the same. `extras/judge.py` reads images and captions back.
 
 import itertools
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -114,6 +114,7 @@ def sprite(kind, width):
     return np.asarray(canvas, np.float32).reshape(width, 8, width, 8).mean((1, 3)) / 255
 
 
+@cache
 def held_out_combination(a, b):
     """Are objects a and b, (colour, kind) each, one of the 15 % of combinations held out from training?"""
     name = "|".join(" ".join(thing) for thing in sorted((a, b)))
