@@ -48,8 +48,9 @@ def like_training(text, style, tokenizer):
     if style["tokens"]:
         ids, known = tokenizer.encode(text), set(style["tokens"])
         new = {len(tokenizer.decode(ids[: n + 1]).split()) for n, i in enumerate(ids) if i not in known}
-        if words := ", ".join(word for n, word in enumerate(text.split(), 1) if n in new):
-            notes.append(f'"{text}": no caption of training had such words as {words}')
+        words = dict.fromkeys(word for n, word in enumerate(text.split(), 1) if n in new)
+        if words:
+            notes.append(f"no caption of training had such words as {', '.join([*words][:5])}")
     return text, notes
 
 
