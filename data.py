@@ -6,8 +6,7 @@
     PairDocuments  <BOS> caption <BOI> patches <EOI> <EOS>, or <BOS> <BOI> patches <EOI> caption <EOS>
     Stream         documents packed into rows of a fixed length
 
-Everything is a function of (seed, index): any process can return to any place of the stream. Worker
-processes that load images ahead are in extras/loader.py.
+Everything is a function of (seed, index). The processes that load images ahead are in extras/loader.py.
 """
 
 from collections.abc import Callable

@@ -61,10 +61,7 @@ def scale(factor, x):
 
 
 class DDPM(nn.Module):
-    """The noise schedule and what follows from it. It has no parameters; `.to(device)` moves its tables.
-
-    options: the fields of DiffusionConfig.
-    """
+    """The noise schedule and what follows from it; no parameters. options: the fields of DiffusionConfig."""
 
     def __init__(self, **options):
         super().__init__()

@@ -15,11 +15,14 @@ encodes all images once: at 256x256 the encoder costs as much as a small transfo
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import AdamW
 from tqdm import tqdm
 
 SAVE_EVERY = 5000  # steps
@@ -45,6 +48,8 @@ class VAEConfig:
     batch: int = 32
     lr: float = 1e-4
     warmup: int = 1000  # steps
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the convolutions, at three times lr
+    bf16: bool = False  # convolutions in bfloat16, where the transformer's products are
 
     def __post_init__(self):
         self.channel_multiples = tuple(int(n) for n in self.channel_multiples)  # JSON has lists
@@ -243,23 +248,25 @@ def adaptive_weight(reconstruction, adversarial, last_layer):
 
 
 def train_vae(
-    config, images, save, state=None, seed=0, device="cpu", network=VAE, perceptual=None, interrupted=None
+    vae, images, save, state=None, seed=0, lpips=None, interrupted=None, optimizer=AdamW, autocast=nullcontext
 ):
-    """Train a VAE and measure its latents' statistics -> the VAE in eval mode.
+    """Train a fresh VAE and measure its latents' statistics -> the VAE in eval mode.
 
     images(first, n): float32 (n, 3, H, W) in -1..1, images number first..first+n-1 of the training data
     save(checkpoint): writes a dict; state: a saved checkpoint to go on from
-    network(config): makes the VAE; perceptual(x, y): LPIPS (N, 1, 1, 1), or None = without
+    lpips(x, y): LPIPS (N, 1, 1, 1), or None = without
+    optimizer: the class of the VAE's; autocast: enters the precision of its convolutions
     interrupted(): asked after every step; if true, the state is saved and KeyboardInterrupt raised
     Raises FloatingPointError if the loss is not finite.
     """
-    torch.manual_seed(seed)
-    vae, disc = network(config).to(device), PatchDiscriminator().to(device)
-    vae = vae.to(memory_format=torch.channels_last)
+    config, device = vae.config, vae.latent_mean.device
+    disc = PatchDiscriminator().to(device)
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    vae = vae.to(memory_format=layout)
     with_disc = config.disc_start < config.steps and config.disc_weight > 0
     adam = dict(lr=config.lr, betas=(0.5, 0.95), weight_decay=0.0, fused=True)
-    optimizer = torch.optim.AdamW(vae.parameters(), **adam)
-    disc_optimizer = torch.optim.AdamW(disc.parameters(), **adam)
+    optimizer = optimizer(vae.parameters(), **adam)
+    disc_optimizer = AdamW(disc.parameters(), **adam)
     parts = dict(vae=vae, optimizer=optimizer)
     if with_disc:
         parts |= dict(disc=disc, disc_optimizer=disc_optimizer)
@@ -277,11 +284,12 @@ def train_vae(
         now = config.lr * min((step + 1) / config.warmup, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
         for group in optimizer.param_groups + disc_optimizer.param_groups:
             group["lr"] = now
-        x = images(step * config.batch, config.batch).to(device, memory_format=torch.channels_last)
+        x = images(step * config.batch, config.batch).to(device, memory_format=layout)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-        z, penalty = vae.draw_latents(x, generator)
-        output = vae.decoder(z)
-        reconstruction = reconstruction_loss(x, output, config, perceptual)
+        with autocast():
+            z, penalty = vae.draw_latents(x, generator)
+            output = vae.decoder(z)
+        reconstruction = reconstruction_loss(x, output, config, lpips)
         loss = reconstruction + vae.penalty_weight * penalty
         playing = with_disc and step >= config.disc_start
         if playing:

@@ -312,8 +312,13 @@ def prepare_vae(config, device, resume=False, own=None):
     with runs.Interrupt() as interrupt:
         save = partial(checkpoints.save_vae, path, config, known)
         keep = dict(save=save, state=state, interrupted=lambda: interrupt.asked)
-        keep["perceptual"] = lpips(device) if settings.perceptual_weight else None
-        return train_vae(settings, images, seed=config.seed, device=device, network=network, **keep)
+        keep["lpips"] = lpips(device) if settings.perceptual_weight else None
+        if settings.optimizer == "muon":
+            keep["optimizer"] = room("optimizers").MuonForConvolutions
+        if settings.bf16 and room("machine").machine(config, device)[0]:
+            keep["autocast"] = partial(torch.autocast, device.type, torch.bfloat16)
+        torch.manual_seed(config.seed)
+        return train_vae(network(settings).to(device), images, seed=config.seed, **keep)
 
 
 def shared_vae(run, resume):

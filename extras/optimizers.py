@@ -27,7 +27,7 @@ class Muon(torch.optim.Optimizer):
     once. The weights of a convolution are a matrix with a row for each output.
     """
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.9):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
@@ -47,6 +47,35 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 scale = -0.2 * math.sqrt(max(updates.shape[1:])) * group["lr"]
                 torch._foreach_add_(params, list(updates.view(-1, *shape)), alpha=scale)
+
+
+class MuonForConvolutions(torch.optim.AdamW):
+    """AdamW, but for the weights of convolutions Muon at three times its learning rate."""
+
+    def __init__(self, params, lr, **options):
+        params = list(params)
+        super().__init__([p for p in params if p.ndim != 4], lr, **options)
+        self.muon = Muon([p for p in params if p.ndim == 4], lr, weight_decay=0.0)
+
+    def step(self, closure=None):
+        """One step of both. closure: never used."""
+        super().step()
+        self.muon.param_groups[0]["lr"] = 3 * self.param_groups[0]["lr"]
+        self.muon.step()
+
+    def zero_grad(self, set_to_none=True):
+        """Of both."""
+        super().zero_grad(set_to_none)
+        self.muon.zero_grad(set_to_none)
+
+    def state_dict(self):
+        """Of both."""
+        return {"adamw": super().state_dict(), "muon": self.muon.state_dict()}
+
+    def load_state_dict(self, state):
+        """Of both."""
+        super().load_state_dict(state["adamw"])
+        self.muon.load_state_dict(state["muon"])
 
 
 def make_optimizers(model, config, undecayed=()):

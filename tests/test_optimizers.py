@@ -12,7 +12,7 @@ def test_muon_is_that_of_torch():
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES]
     ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
-    a = Muon(ours, lr=0.02, weight_decay=0.1)
+    a = Muon(ours, lr=0.02, weight_decay=0.1, momentum=0.95)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(5):
         for p, q in zip(ours, theirs):

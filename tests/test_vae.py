@@ -34,9 +34,10 @@ def pictures(first, n):
 
 def train_vae(config, pictures, path, seed=0, resume=False, **more):
     """A VAE, or a VQ-VAE if the config is one's, its checkpoints in a file."""
-    more |= {"network": VQVAE} if isinstance(config, VQConfig) else {}
     state = load_checkpoint(path) if resume else None
-    return vae_module.train_vae(config, pictures, partial(save_checkpoint, path), state, seed, **more)
+    torch.manual_seed(seed)
+    vae = (VQVAE if isinstance(config, VQConfig) else VAE)(config)
+    return vae_module.train_vae(vae, pictures, partial(save_checkpoint, path), state, seed, **more)
 
 
 @pytest.fixture(scope="module")
