@@ -1,5 +1,6 @@
 """Weights in and out: Stable Diffusion's autoencoders, Llamas, and models of ours as safetensors."""
 
+import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,6 +37,34 @@ def write_safetensors(path, tensors):
         file.write(content)
 
 
+def read_weights(path, keep):
+    """The tensors of a file, .safetensors or of torch, whose names pass `keep`, on the CPU -> dict."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, keep)
+    with opening(path, "a checkpoint of weights by their names"):
+        state = load_checkpoint(path)
+        return {name: weight for name, weight in state.get("state_dict", state).items() if keep(name)}
+
+
+def weight_files(folder, stem):
+    """The files of weights in a folder of Hugging Face's: one, or the shards that an index names.
+
+    safetensors come before .bin, full precision before .fp16. Raises ValueError if a file is missing.
+    """
+    pattern = re.compile(rf"(pytorch_)?{stem}(\.\w+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?")
+    order = lambda name: (".bin" in name, "16" in name, ".index" not in name, name)
+    names = sorted(filter(pattern.fullmatch, os.listdir(folder)), key=order)
+    first = Path(folder) / next(iter(names), f"{stem}.safetensors")
+    if first.suffix != ".json":
+        require(first, first.exists(), "no such file")
+        return [first]
+    with opening(first, "an index, whose weight_map names a file for every weight"):
+        files = [first.with_name(name) for name in sorted({*read_json(first)["weight_map"].values()})]
+    for file in files:
+        require(file, file.exists(), f"no such file, but {first.name} names it")
+    return files
+
+
 def require(where, holds, sentence):
     """Raises ValueError with this sentence about `where` if it does not hold."""
     if not holds:
@@ -44,12 +73,18 @@ def require(where, holds, sentence):
 
 @torch.no_grad()
 def fill(places, found, where, what):
-    """Copy weights, pairs of (name, tensor), to their places, {name: tensor}; `what` needs all of these."""
+    """Copy weights, pairs of (name, tensor), to their places, {name: tensor}; `what` needs all of these.
+
+    Raises ValueError if one is quantised or not finite, or where names or shapes do not match.
+    """
     for name, weight in found:
+        plain = weight.is_floating_point() and weight.element_size() > 1
+        require(where, plain, f"{name} is quantised, to {weight.dtype}; give the floats that it was made of")
         require(where, name in places, f"{name} has no place in {what}")
         place, shape = places.pop(name), tuple(weight.shape)
         fits = weight.squeeze().shape == place.squeeze().shape  # linear layers may stand for 1x1 convolutions
         require(where, fits, f"{name} is of shape {shape}, not {tuple(place.shape)} as in {what}")
+        require(where, weight.isfinite().all(), f"{name} has values that are not finite")
         place.copy_(weight.view_as(place))
     first = next(iter(places), "")
     require(where, not places, f"{len(places)} weights are missing, such as {first}, of {what}")
@@ -81,14 +116,18 @@ def load_pretrained(path):
     of latent diffusion (Rombach et al. 2022), alone or within the whole model's checkpoint. A file does not
     say how the latents are standardised: they stay as they are until `measure_statistics`.
     """
-    path, settings = Path(path), {}
+    path, settings, files = Path(path), {}, [Path(path)]
     if path.is_dir():
+        ours = next((name for name in ("vae.pt", "checkpoint.pt") if (path / name).exists()), "")
+        require(path, not ours, f"is a run's folder; give its VAE, {path / ours}")
         require(path, (path / "config.json").exists(), "is a folder without config.json, so not of diffusers")
         settings = read_json(path / "config.json")
         kind = settings.get("_class_name", "AutoencoderKL")
         require(path, kind == "AutoencoderKL", f"is a {kind} of diffusers; it must be an AutoencoderKL")
-        path = path / "diffusion_pytorch_model.safetensors"
-    state = read_safetensors(path, VAE_NAME.match) if path.suffix == ".safetensors" else load_checkpoint(path)
+        activation = settings.get("act_fn", "silu")
+        require(path, activation in ("silu", "swish"), f"act_fn is {activation!r}; it must be 'silu'")
+        files = weight_files(path, "diffusion_pytorch_model")
+    state = {name: weight for file in files for name, weight in read_weights(file, VAE_NAME.match).items()}
     return from_latent_diffusion(state, path, settings)
 
 
@@ -118,10 +157,12 @@ def from_latent_diffusion(state, path, settings=None):
         fill(vae_places(vae), found.items(), path, what)
     with opening(path, f"a VAE whose scaling of the latents, in its config.json, is one number or {n}"):
         # What diffusers diffuses is (z - shift) * scaling, or by channel (z - mean) / std * scaling.
-        mean = settings.get("latents_mean") or settings.get("shift_factor") or 0.0
-        std = torch.tensor(settings.get("latents_std") or 1.0)
-        vae.latent_mean.copy_(torch.tensor(mean))
-        vae.latent_std.copy_(std / (settings.get("scaling_factor") or 1.0))
+        usual = dict(shift_factor=0.0, scaling_factor=1.0, latents_std=1.0)
+        said = usual | {name: value for name, value in settings.items() if value is not None}
+        vae.latent_mean.copy_(torch.tensor(said.get("latents_mean", said["shift_factor"])))
+        vae.latent_std.copy_(torch.tensor(said["latents_std"]) / torch.tensor(said["scaling_factor"]))
+        usable = vae.latent_mean.isfinite() & vae.latent_std.isfinite() & (vae.latent_std > 0)
+        require(path, usable.all(), "shift and scaling of its latents must be finite, the latter above 0")
     return vae.eval()
 
 
@@ -168,6 +209,7 @@ USUAL = dict(num_key_value_heads=0, rms_norm_eps=1e-6, rope_theta=10000.0, rope_
 USUAL |= dict(hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=False)
 FIXED = dict(model_type=["llama"], hidden_act=["silu"], attention_bias=[False], mlp_bias=[False])
 FIXED |= dict(rope_type=["default", "llama3"])
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 LAYER = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LAYER += ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -189,6 +231,8 @@ def inspect_llama(folder, config):
         rope = said.get(name, {})
         require(path, isinstance(rope, dict), f"{name} is {rope!r}; it must be an object")
         said |= {"rope_type": rope.get("type", said["rope_type"])} | rope
+    plain = "quantization_config" not in said
+    require(path, plain, "is of quantised weights; give the floats that they were made of")
     for name, allowed in FIXED.items():
         wanted = "it must be a Llama without biases, with RoPE as it is or as in Llama 3"
         require(path, said.get(name) in allowed, f"{name} is {said.get(name)!r}; {wanted}")
@@ -200,35 +244,30 @@ def inspect_llama(folder, config):
     config = cli.make(TransfusionConfig, asdict(config) | sizes, path)
     width = said.get("head_dim", config.head_dim)
     require(path, width == config.head_dim, f"head_dim is {width}, not hidden_size / num_attention_heads")
-
-    index, names = path.with_name("model.safetensors.index.json"), {"model.safetensors"}
-    if index.exists():
-        with opening(index, "an index, whose weight_map names a file for every weight"):
-            names = set(read_json(index)["weight_map"].values())
-    files = [path.with_name(name) for name in sorted(names)]
-    for file in files:
-        require(file, file.exists(), "no such file" + f", but {index.name} names it" * index.exists())
-    return config, said["tie_word_embeddings"], files
+    return config, said["tie_word_embeddings"], weight_files(folder, "model")
 
 
 def check_vocabulary(path, tokenizer):
-    """Raises ValueError unless the tokenizer has as many tokens as the Llama in the folder."""
+    """Raises ValueError unless the tokenizer has as many tokens as the Llama, but for padding."""
     known, n = inspect_llama(path, TransfusionConfig())[0].vocab_size, tokenizer.bos
-    wanted = f"give --tokenizer {path}/tokenizer.json"
-    require(f"--init_from {path}", known == n, f"knows {known} tokens, but the tokenizer {n}; {wanted}")
+    padded = known % 64 == 0 and n < known < n + 128
+    wrong = f"knows {known} tokens, but the tokenizer {n}; give --tokenizer {path}/tokenizer.json"
+    require(f"--init_from {path}", known == n or padded, wrong)
 
 
 @torch.no_grad()
 def load_llama(path, config, new_tokens=0, make=Transfusion):
     """A Llama 2 or 3 in Hugging Face's format -> a model whose text logits are its own.
 
-    path: folder with config.json and model.safetensors, or the shards that model.safetensors.index.json names
-    config: TransfusionConfig of what Llama has no say in, patches and latents
+    path: folder with config.json and weights, as `weight_files` finds them
+    config: TransfusionConfig of what Llama has no say in: patches, latents and, where the Llama's vocabulary
+        is padded beyond the tokenizer's, `vocab_size`, new tokens included: the padding gives way to these
     new_tokens: rows appended to the vocabulary, <BOS> and <EOS> among them, for the Llama's own stay unused
     make: makes a model of its config. What the Llama lacks stays as drawn; a tied head becomes a copy.
     """
+    n = config.vocab_size - new_tokens
     config, tied, files = inspect_llama(path, config)
-    n = config.vocab_size
+    n = min(n, config.vocab_size)  # rows in use
     model = make(replace(config, vocab_size=n + new_tokens))
     norms_first = all(type(block) is Block for block in model.blocks)
     require(path, norms_first, "has its norms before attention and MLP, and this model after them")
@@ -244,7 +283,9 @@ def load_llama(path, config, new_tokens=0, make=Transfusion):
     places = {f"{name}.weight": place for name, place in places.items()}
     # Some hold a table that we compute, or the embedding once more as a head.
     keep = lambda name: "rotary_emb" not in name and not (tied and name == "lm_head.weight")
-    found = (item for file in files for item in read_safetensors(file, keep).items())
+    found = (item for file in files for item in read_weights(file, keep).items())
+    is_padded = lambda name, weight: name in VOCABULARY and len(weight) == config.vocab_size
+    found = ((name, weight[:n] if is_padded(name, weight) else weight) for name, weight in found)
     fill(places, found, path, "a Llama of the sizes in its config.json")
     if tied:
         model.head.weight[:n] = model.embedding.weight[:n]

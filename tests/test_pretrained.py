@@ -1,11 +1,14 @@
 """Other people's weights: the autoencoders of diffusers and latent diffusion, Llama folders, and what is wrong with them."""
 
 import json
+import math
 import re
 import struct
 import sys
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +82,37 @@ def test_a_folder_of_diffusers_is_read(kind, tmp_path):
     torch.testing.assert_close(vae.posterior(values["x"])[0], values["mean"], rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_folders_of_diffusers_have_many_forms(suffix, shards, tmp_path):
+    values, config, weights = fixture("vaes.npz", "stable diffusion")
+    stem, names = "diffusion_pytorch_model", sorted(weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    where = {name: f"{stem}{suffix}" if shards == 1 else f"{stem}-{n % 2}{suffix}" for n, name in enumerate(names)}
+    for file in set(where.values()):
+        some = {name: weights[name] for name in names if where[name] == file}
+        write_safetensors(tmp_path / file, some) if "safetensors" in suffix else torch.save(some, tmp_path / file)
+    if shards == 2:  # diffusers puts the variant last in an index's name
+        index = stem + suffix.replace(".fp16", "") + ".index" + ".fp16" * ("fp16" in suffix) + ".json"
+        (tmp_path / index).write_text(json.dumps({"weight_map": where}))
+    expect_vae(load_pretrained(tmp_path), values)
+
+
+def test_the_folder_of_a_run_is_no_folder_of_diffusers(tmp_path):
+    (tmp_path / "vae.pt").touch()
+    with pytest.raises(ValueError, match="is a run's folder; give its VAE, .*vae.pt"):
+        load_pretrained(tmp_path)
+
+
+def test_full_precision_is_preferred(tmp_path):
+    values, config, weights = fixture("vaes.npz", "stable diffusion")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for suffix in (".fp16.safetensors", ".bin"):
+        (tmp_path / f"diffusion_pytorch_model{suffix}").write_bytes(b"broken")
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", weights)
+    expect_vae(load_pretrained(tmp_path), values)
+
+
 def test_files_of_latent_diffusion_are_read(tmp_path):
     """Alone and within a whole model's checkpoint, as .ckpt and as .safetensors; where nothing says how to scale, nothing is scaled."""
     values, _, weights = fixture("vaes.npz", "latent diffusion")
@@ -144,7 +178,15 @@ def without(weights, *parts):
     (lambda w, c: (w | {"encoder.down_blocks.1.resnets.0.conv1.bias": torch.zeros(16)}, c), "16 channels at one resolution.*multiple of 32"),
     (lambda w, c: (w, c | {"scaling_factor": "big"}), "scaling of the latents"),
     (lambda w, c: (w, c | {"latents_mean": [0.0, 1.0]}), "scaling of the latents"),
-], ids=["a layer is missing", "no decoder", "nothing", "attention elsewhere", "four colours", "other latents", "groups", "odd groups", "narrower", "scaling", "means"])  # fmt: skip
+    (lambda w, c: (w, c | {"scaling_factor": 0}), "must be finite, the latter above 0"),
+    (lambda w, c: (w, c | {"scaling_factor": math.nan}), "must be finite"),
+    (lambda w, c: (w, c | {"shift_factor": math.nan}), "must be finite"),
+    (lambda w, c: (w, c | {"latents_std": [1.0, 1.0, 1.0, 0.0]}), "above 0"),
+    (lambda w, c: (w | {"decoder.conv_out.bias": torch.tensor([0.0, math.nan, 0.0])}, c), "decoder.conv_out.bias has values that are not finite"),
+    (lambda w, c: (w | {"decoder.conv_out.bias": torch.zeros(3, dtype=torch.int8)}, c), "decoder.conv_out.bias is quantised, to torch.int8"),
+    (lambda w, c: (w | {"decoder.conv_out.bias": torch.zeros(3).to(torch.float8_e4m3fn)}, c), "is quantised, to torch.float8_e4m3fn"),
+], ids=["a layer is missing", "no decoder", "nothing", "attention elsewhere", "four colours", "other latents", "groups", "odd groups", "narrower", "scaling", "means",
+        "no scaling", "NaN scaling", "NaN shift", "no std", "NaN weight", "int8", "fp8"])  # fmt: skip
 def test_what_is_no_such_vae_is_refused(change, message):
     _, config, weights = fixture("vaes.npz", "stable diffusion")
     with pytest.raises(ValueError, match=message) as error:
@@ -158,10 +200,13 @@ def test_what_is_no_such_vae_is_refused(change, message):
     (lambda folder: (folder / "config.json").write_text("{"), "config.json: is not JSON"),
     (lambda folder: (folder / "config.json").write_text("[1]"), "config.json: must hold a JSON object"),
     (lambda folder: (folder / "config.json").write_text('{"_class_name": "VQModel"}'), "is a VQModel"),
+    (lambda folder: (folder / "config.json").write_text('{"act_fn": "relu"}'), "act_fn is 'relu'; it must be 'silu'"),
+    (lambda folder: (folder / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"x": "y.bin"}}'), "y.bin: no such file, but .*index.json names it"),
+    (lambda folder: (folder / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"x": "../y"}}'), "index.json: is not an index"),
     (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), "model.safetensors: no such file"),
     (lambda folder: (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"hello"), "truncated"),
     (lambda folder: (folder / "diffusion_pytorch_model.safetensors").write_bytes((folder / "diffusion_pytorch_model.safetensors").read_bytes()[:-100]), "truncated"),
-], ids=["no config", "half a config", "a list", "another class", "no weights", "text", "cut off"])  # fmt: skip
+], ids=["no config", "half a config", "a list", "another class", "activation", "a shard missing", "a shard elsewhere", "no weights", "text", "cut off"])  # fmt: skip
 def test_a_broken_folder_is_refused_by_name(broken, message, tmp_path):
     _, config, weights = fixture("vaes.npz", "stable diffusion")
     write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", weights)
@@ -320,6 +365,34 @@ def test_only_the_new_parts_are_trained(patch_encoder, tmp_path):
             assert torch.equal(p, before[name]) != name.startswith("patches."), name
 
 
+def test_rows_that_pad_a_vocabulary_are_left_out(tmp_path):
+    """The Llama has 24 rows and the tokenizer 20 tokens: the special tokens follow these, as the tokenizer counts them."""
+    values = llama_folder(tmp_path, "grouped, untied")
+    model = load_llama(tmp_path, replace(PATCHES, vocab_size=20 + 5), new_tokens=5)
+    tokens = values["tokens"] % 20
+    logits, expected = text_logits(model, tokens), text_logits(load_llama(tmp_path, PATCHES), tokens)
+    assert logits.shape[-1] == 25 and model.embedding.weight.shape == (25, 32)
+    torch.testing.assert_close(logits[..., :20], expected[..., :20])
+
+
+@pytest.mark.parametrize("n, fits", [(128, True), (97, True), (129, False), (0, False)])
+def test_a_padded_vocabulary_is_the_tokenizers(n, fits, tmp_path):
+    llama_folder(tmp_path, "llama 3.1", vocab_size=128)
+    with nullcontext() if fits else pytest.raises(ValueError, match=f"knows 128 tokens, but the tokenizer {n};"):
+        room.check_vocabulary(tmp_path, SimpleNamespace(bos=n))
+
+
+def change_weight(change):
+    """Change one weight of the third shard."""
+
+    def change_it(folder):
+        weights = read_safetensors(file := folder / "model-00003-of-00003.safetensors")
+        name = next(name for name in weights if "mlp" in name)
+        write_safetensors(file, weights | {name: change(weights[name])})
+
+    return change_it
+
+
 def edit(**change):
     """Change config.json; None removes a field."""
 
@@ -349,6 +422,10 @@ def forget(folder):
     (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": []}'), "index.json: .*weight_map"),
     (cut, "model-00002-of-00003.safetensors: .*truncated"),
     (forget, "weights are missing, such as"),
+    (change_weight(lambda w: w / 0), "mlp.* has values that are not finite"),
+    (change_weight(lambda w: w.to(torch.int8)), "mlp.* is quantised, to torch.int8"),
+    (change_weight(lambda w: w.to(torch.float8_e4m3fn)), "mlp.* is quantised, to torch.float8_e4m3fn"),
+    (edit(quantization_config={"load_in_8bit": True}), "is of quantised weights"),
     (edit(model_type="mistral"), "model_type is 'mistral'"),
     (edit(model_type=None), "model_type is None"),
     (edit(attention_bias=True), "attention_bias is True"),

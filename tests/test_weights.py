@@ -177,10 +177,15 @@ def test_training_starts_from_a_llama(freeze, trained_vae, tmp_path):
     assert load(tmp_path / "a").model.config.kv_heads == 2
 
 
-def test_a_llama_brings_its_tokenizer(trained_vae, tmp_path):
-    """As its folder does; the special tokens come after its 24."""
+@pytest.mark.parametrize("n_rows", [24, 64])
+def test_a_llama_brings_its_tokenizer(n_rows, trained_vae, tmp_path):
+    """As its folder does; the special tokens come after its 24, and rows that pad its vocabulary are left out."""
     tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
-    llama_folder(tmp_path / "llama", "llama 3.2, tied")
+    llama_folder(tmp_path / "llama", "llama 3.2, tied", vocab_size=n_rows)
+    _, _, weights = fixture("llamas.npz", "llama 3.2, tied")
+    embedding = weights["model.embed_tokens.weight"]
+    padded = torch.cat([embedding, torch.ones(n_rows - 24, embedding.shape[1])])
+    write_safetensors(tmp_path / "llama/model.safetensors", weights | {"model.embed_tokens.weight": padded})
     known = ["[UNK]", "a", "red", "green", "blue", "yellow", "purple", "cyan", "circle", "square", "triangle", "at", "the", "top", "bottom", "left", "right"]
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: n for n, word in enumerate(known + [f"[{n}]" for n in range(7)])}, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -189,8 +194,7 @@ def test_a_llama_brings_its_tokenizer(trained_vae, tmp_path):
     assert code == 0, err
     trained = load(tmp_path / "a")
     assert trained.model.config.vocab_size == 29 and trained.tokenizer.encode("a red circle") == [1, 2, 8]
-    _, _, weights = fixture("llamas.npz", "llama 3.2, tied")
-    torch.testing.assert_close(trained.model.head.weight[:24].detach(), weights["model.embed_tokens.weight"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(trained.model.head.weight[:24].detach(), embedding, rtol=0, atol=1e-6)
 
 
 def test_training_starts_from_our_own(small_run, tmp_path):
