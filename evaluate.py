@@ -14,13 +14,13 @@ import math
 from dataclasses import replace
 from functools import partial
 
+import extras  # first: Ctrl-C while torch is imported ends in a line
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import extras
 from attention_mask import transfusion_mask
 from data import NO_LOSS, collate
 from extras import cli, runs, sources

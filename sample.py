@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+import extras  # first: Ctrl-C while torch is imported ends in a line
 import torch
 from PIL import Image
 
-import extras
 from attention_mask import TEXT, transfusion_mask
 from data import DataConfig, Tokenizer, to_pixels
 from diffusion import DDPM, DiffusionConfig, SamplingConfig, guide
