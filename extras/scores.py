@@ -33,7 +33,7 @@ def format_scores(scores):
         cells = (f"{100 * aspects[aspect]:9.1f}" if aspect in aspects else " " * 9 for aspect in columns)
         lines.append(f"{label:24}{''.join(cells)}{aspects['n']:9}")
     if gaps := gap.said(scores.get("validation", {})):
-        numbers.append(f"{'held out':24}" + ", ".join(gaps) + " (0 = the condition is ignored)")
+        numbers.append(f"{'held out':24}" + ", ".join(gaps))
     if "text" in scores:
         numbers.append(f"{scores['text']['path']}: {perplexities(scores['text'])}")
     return "\n".join(lines + list(dict.fromkeys(numbers)))
