@@ -135,6 +135,7 @@ def from_latent_diffusion(state, path, settings=None):
     """Weights by their names, and what diffusers' config.json says -> VAE, its sizes read off the weights."""
     settings, what = settings or {}, "a KL autoencoder of diffusers or latent diffusion"
     with opening(path, what):
+        state = state if isinstance(state, dict) else {}
         found = latent_diffusion_names(state.get("state_dict", state))
         known = {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= found.keys()
         require(path, known, f"holds no VAE; it must be a checkpoint of vae.py or train.py, or {what}")
