@@ -55,6 +55,8 @@ class Codebook(nn.Module):
         super().__init__()
         self.register_buffer("vectors", torch.zeros(size, channels))
         self.register_buffer("counts", torch.zeros(size))  # nearest latents in a batch, a moving average
+        # The same over the last ten batches or so, to be shown: `counts` credit the revived with a share.
+        self.register_buffer("seen", torch.zeros(size), persistent=False)
 
     def nearest(self, z):
         """Latents (M, C) -> the numbers of the vectors nearest to them (M,) int64."""
@@ -76,6 +78,7 @@ class Codebook(nn.Module):
             flat_codes, sums = codes.flatten(), self.vectors * self.counts[:, None]
             sums.lerp_(torch.zeros_like(sums).index_add_(0, flat_codes, flat), 1 - self.DECAY)
             seen = torch.bincount(flat_codes, minlength=len(self.counts)).float()
+            self.seen.lerp_(seen, 0.1)
             self.counts.lerp_(seen, 1 - self.DECAY)
             self.vectors.copy_(sums / self.counts[:, None])
         return found, codes
@@ -133,7 +136,7 @@ class VQVAE(VAE):
         return z + (nearest - z).detach(), (z - nearest).square().sum() / len(z)
 
     def progress(self, penalty):
-        perplexity = codebook_usage(self.codebook.counts)[1]
+        perplexity = codebook_usage(self.codebook.seen)[1]
         return f"commitment {penalty.item():.1f}, code perplexity {perplexity:.0f}"
 
     @torch.no_grad()

@@ -207,6 +207,21 @@ def test_usage():
     assert codebook_usage(torch.tensor([7, 0])) == pytest.approx((0.5, 1.0))
 
 
+def test_the_perplexity_that_is_shown_is_that_of_the_codes_in_use():
+    """The moving average that finds the dead credits them with a share; what is shown does not."""
+    torch.manual_seed(0)
+    vae = VQVAE(VQConfig(**VQ | dict(codebook=512)))
+    kinds = torch.randn(4, 8)
+    latents = lambda n: (kinds[torch.randint(4, (n, 16))] + 0.01 * torch.randn(n, 16, 8)).mT[..., None]  # (n, C, 16, 1)
+    for _ in range(100):
+        vae.codebook(latents(4))
+    shown = float(vae.progress(torch.zeros(())).split()[-1])
+    codes = vae.codebook.eval()(latents(500))[1]
+    truth = codebook_usage(codes.flatten().bincount(minlength=512))[1]
+    assert truth / 1.5 < shown < 1.5 * truth < codebook_usage(vae.codebook.counts)[1]
+    assert "codebook.seen" not in vae.state_dict()
+
+
 def test_a_vq_vae_learns_and_says_how_many_codes_it_uses(tmp_path, capsys):
     vae, x = train_vae(VQConfig(**VQ), pictures, tmp_path / "vae.pt"), SCENES[256:]
     constant = (x - SCENES.median(0).values).abs().mean()
