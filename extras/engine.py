@@ -15,6 +15,7 @@ with them: what came before is in the cache. A mask is needed only to hide unuse
 
 import itertools
 import math
+import operator
 import warnings
 from collections import deque
 from dataclasses import dataclass, field
@@ -378,7 +379,7 @@ RULES |= {"max_batch": "above 0", "top_p": "above 0 and at most 1"}
 def generate(trained, documents, seeds=None, engine=Engine, **given):
     """Continue documents, each a list of strings and PIL images ([] = from nothing), prompts included.
 
-    seeds: one a document (default 0, 1, ...); what becomes of it depends on its own seed and prompt only
+    seeds: whole numbers, one a document (default 0, 1, ...); what becomes of it depends on its own seed and prompt only
     engine: the class that does it; given: see OPTIONS, and for images `engine.defaults`
     Raises ValueError for a prompt that is empty or too long, or an option out of range.
     """
@@ -393,6 +394,10 @@ def generate(trained, documents, seeds=None, engine=Engine, **given):
     if not isinstance(documents, list) or not all(isinstance(document, list) for document in documents):
         raise ValueError("documents must be lists of strings and PIL images in a list, as [['a cat']]")
     seeds = range(len(documents)) if seeds is None else seeds
+    try:
+        seeds = [operator.index(seed) % 2**64 for seed in seeds]  # as torch takes negative ones
+    except TypeError:
+        raise ValueError(f"seeds is {seeds!r}; give a whole number for each document") from None
     if len(seeds) != len(documents):
         raise ValueError(f"there are {len(seeds)} seeds for {len(documents)} documents; give one for each")
     numbered = enumerate(zip(documents, seeds))

@@ -150,6 +150,8 @@ def show(results, documents, out, terminal, settings, to_image):
         films = itertools.chain(*(terminal.films[n] for n in sorted(terminal.films)))
         save_film(place("film.gif"), list(films), captions, to_image, columns)
         print(f"how they came about: {out / 'film.gif'}")
+    elif terminal.keep:
+        print("no film.gif: nothing was drawn")
     given = [len(prompt) for prompt in documents]
     if images and any(len(document) > min(2, n + 1) for document, n in zip(results, given)):
         place("page.html").write_text(html_page(results, given), encoding="utf-8")

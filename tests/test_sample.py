@@ -166,6 +166,13 @@ def test_seeds_decide(talker):
     assert generate(trained, [[], []], [5, 5], **options)[0] == generate(trained, [[], []], [5, 5], **options)[1]
 
 
+@pytest.mark.parametrize("seeds", [np.arange(5, 7), torch.arange(5, 7), range(5, 7), (np.uint8(5), 6), [5 + 2**64, 6 - 2**70]], ids=str)
+def test_any_whole_number_is_a_seed(talker, seeds):
+    trained, options = tiny_trained(talker), dict(temperature=1.0, max_tokens=12, max_images=0)
+    assert generate(trained, [[], []], seeds, **options) == generate(trained, [[], []], [5, 6], **options)
+    assert generate(trained, [[]], [-1], **options) == [generate_one(trained, [], -1, **options)]
+
+
 def test_guidance_scale_1_is_no_guidance_and_more_is_more(talker):
     draw = lambda scale: generated(tiny_trained(talker), [["a red dot"]], [0], max_tokens=0, guidance_scale=scale)[0][0]
     assert not torch.allclose(draw(3.0), draw(1.0), atol=0.01)
@@ -358,6 +365,7 @@ def test_a_document_ends_where_the_trained_sequences_do(talker):
     dict(temperature=-1.0), dict(temperature=math.inf), dict(temperature=math.nan), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1), dict(max_batch=0),
     dict(sampler="euler"), dict(eta=2.0), dict(eta=math.nan), dict(steps=0), dict(guidance_scale=math.nan), dict(guidance_scale=math.inf), dict(max_tokens=-1),
     dict(max_images=-1), dict(max_images=0), dict(seeds=[]), dict(seeds=[1, 2]),
+    dict(seeds=[1.5]), dict(seeds=["1"]), dict(seeds=[None]), dict(seeds=3), dict(seeds=[torch.tensor(0.5)]),
 ], ids=str)  # fmt: skip
 def test_options_out_of_range_are_refused(talker, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)) if "steps" not in wrong else "between 1 and 1000"):
@@ -367,6 +375,7 @@ def test_options_out_of_range_are_refused(talker, wrong):
 @pytest.mark.parametrize("documents, message", [
     ("a red dot", "lists of strings and PIL images in a list"), (["a red dot"], "lists of strings"), ([("a red dot",)], "lists of strings"), (None, "lists of strings"),
     ([[np.zeros((8, 8, 3), np.uint8), "make it blue"]], "here has a ndarray; of an array, Image.fromarray"), ([[None]], "here has a NoneType"),
+    ([[Image.new("RGB", (0, 8))]], "an image has no pixels"),
 ], ids=str)  # fmt: skip
 def test_documents_of_another_kind_are_refused(talker, documents, message):
     with pytest.raises(ValueError, match=message):
@@ -561,6 +570,12 @@ def test_text_streams(checkpoint, tmp_path):
     """A prompt that the model goes on with freely, without pictures."""
     printed, files = run_sample(checkpoint, tmp_path / "out", "--prompt", "abc", "--free", "--num", 1, "--max_images", 0, "--max_tokens", 6, "--temperature", 1)
     assert re.fullmatch(r"0: abc [a-h]{1,6}\n", printed) and not files
+
+
+def test_a_film_of_nothing_is_not_promised(checkpoint, tmp_path):
+    image(3).save(tmp_path / "x.png")
+    printed, files = run_sample(checkpoint, tmp_path / "out", "--image", tmp_path / "x.png", "--max_tokens", 2, "--gif")
+    assert printed.endswith("no film.gif: nothing was drawn\n") and not files
 
 
 @pytest.mark.parametrize("content, message", [(None, "no such file"), (b"\n \n", "holds no prompt"), (b"\xff\xfe", "not UTF-8")])
