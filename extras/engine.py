@@ -379,7 +379,7 @@ RULES |= {"max_batch": "above 0", "top_p": "above 0 and at most 1"}
 def generate(trained, documents, seeds=None, engine=Engine, **given):
     """Continue documents, each a list of strings and PIL images ([] = from nothing), prompts included.
 
-    seeds: whole numbers, one a document (default 0, 1, ...); they and the prompt alone decide what becomes of it
+    seeds: whole numbers, one a document (default 0, 1, ...); these and the prompts alone decide
     engine: the class that does it; given: see OPTIONS, and for images `engine.defaults`
     Raises ValueError for a prompt that is empty or too long, or an option out of range.
     """
