@@ -108,7 +108,7 @@ def generate_one(
     c, device = model.config, model.embedding.weight.device
     sampling = replace(trained.sampling, **settings)
     temperature = (0.0 if document else 1.0) if temperature is None else temperature
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed) % 2**64)
 
     def length():
         return sum(c.n_patches if torch.is_tensor(item) else 1 for item in sequence)

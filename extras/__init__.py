@@ -216,6 +216,8 @@ def restore_vae(state, where):
         network, kind = room("chameleon").VQVAE, room("chameleon").VQConfig
     vae = network(cli.make(kind, state.get("vae_config"), where))
     runs.load_weights(vae, state.get("vae"), where)
+    if not (vae.latent_std > 0).all():
+        raise ValueError(f"{where}: its latents have no spread, latent_std is {vae.latent_std.min():g}")
     return vae.eval()
 
 
@@ -224,6 +226,8 @@ def load_vae(path, device="cpu"):
 
     Ours is what train.py wrote, or vae.py when it was done.
     """
+    ours = [Path(path) / name for name in ("vae.pt", "checkpoint.pt")]  # of a run's folder
+    path = next((file for file in ours if file.exists()), path)
     if Path(path).is_dir() or Path(path).suffix == ".safetensors":
         return room("weights").load_pretrained(path).to(device)
     state = runs.load_checkpoint(path)

@@ -22,7 +22,7 @@ from vae import VAE, VAEConfig
 # At the same FLOPs a step as `small`. As in the paper an image is four times as many codes (16) as patches.
 CHAMELEON = dict(images="discrete", post_norm=True, z_loss=1e-5, guidance_scale=1.5)
 CHAMELEON |= dict(vae_steps=3000, vae_lr=2e-3, vae_optimizer="adamw", vae_bf16=False)
-CHAMELEON |= dict(lr=6e-3)  # draws more prompts right than 3e-3 and 1.2e-2
+CHAMELEON |= dict(max_steps=1500, lr=6e-3)  # draws more prompts right than 3e-3 and 1.2e-2
 CHAMELEON |= dict(seq_len=104, caption_first=0.6)  # drawing is the slow part here
 # Twice the downsampling of `small`, for 64 codes an image are learned far more slowly than 16.
 CHAMELEON |= dict(vae_unshuffle=8, vae_latent_channels=16, codebook=1024, vae_batch=32)

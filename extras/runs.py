@@ -10,6 +10,7 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -104,6 +105,9 @@ def load_weights(module, weights, where):
     except (RuntimeError, TypeError) as error:
         wrong = "the weights do not have the sizes of its configuration"
         raise ValueError(f"{where}: {wrong} ({str(error).splitlines()[-1].strip()})") from None
+    for name, value in module.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"{where}: {name} has values that are not finite")
 
 
 def read_json(path):
@@ -132,11 +136,17 @@ def newest_checkpoint():
 
 def check_folder(path, option):
     """Raises ValueError, naming the option, if a folder cannot be written to: ask before long work."""
-    there = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
-    if not there.is_dir():
-        raise ValueError(f"{option}: {path} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{option}: {path} cannot be written to")
+    path = Path(path)
+    new = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+        for folder in new:  # until there is something to write
+            folder.rmdir()
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{option}: {path} is not a folder") from None
+    except OSError as error:
+        raise ValueError(f"{option}: {path} cannot be written to ({error.strerror})") from None
 
 
 def check_file(path, option):

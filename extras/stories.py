@@ -18,8 +18,8 @@ from extras.scenes import COLOURS, PLACES, WIDTHS, Scenes, Shape, split_of
 CHANGES = {"edits": 1, "stories": 2}  # how often a scene changes in these documents
 # What is to be copied from an image is decided at high noise: at less, the noised image itself gives it away.
 PRESETS = {
-    "small_edit": dict(documents="edits", t_mean=2.0, guidance_scale=1.0),
-    "small_story": dict(documents="stories", t_mean=2.0, seq_len=128),
+    "small_edit": dict(documents="edits", t_mean=2.0, guidance_scale=1.0, max_steps=1500),
+    "small_story": dict(documents="stories", t_mean=2.0, seq_len=128, max_steps=1500),
 }
 
 

@@ -118,8 +118,6 @@ def load_pretrained(path):
     """
     path, settings, files = Path(path), {}, [Path(path)]
     if path.is_dir():
-        ours = next((name for name in ("vae.pt", "checkpoint.pt") if (path / name).exists()), "")
-        require(path, not ours, f"is a run's folder; give its VAE, {path / ours}")
         require(path, (path / "config.json").exists(), "is a folder without config.json, so not of diffusers")
         settings = read_json(path / "config.json")
         kind = settings.get("_class_name", "AutoencoderKL")

@@ -98,10 +98,16 @@ def test_folders_of_diffusers_have_many_forms(suffix, shards, tmp_path):
     expect_vae(load_pretrained(tmp_path), values)
 
 
-def test_the_folder_of_a_run_is_no_folder_of_diffusers(tmp_path):
-    (tmp_path / "vae.pt").touch()
-    with pytest.raises(ValueError, match="is a run's folder; give its VAE, .*vae.pt"):
-        load_pretrained(tmp_path)
+def test_the_folder_of_a_run_is_taken_for_its_vae(tmp_path):
+    vae = VAE(VAEConfig(channels=16, n_res=0, latent_channels=3))
+    state = {"vae_config": asdict(vae.config), "vae": vae.state_dict(), "done": True}
+    save_checkpoint(tmp_path / "vae.pt", state)
+    again = load_vae(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in vae.state_dict().items())
+    state["vae"]["encoder.1.weight"][0] = torch.nan
+    save_checkpoint(tmp_path / "vae.pt", state)
+    with pytest.raises(ValueError, match="vae.pt: encoder.1.weight has values that are not finite"):
+        load_vae(tmp_path)
 
 
 def test_full_precision_is_preferred(tmp_path):
