@@ -187,8 +187,6 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, latents):
         """Standardised latents -> images (N, 3, H, W) in -1..1."""
-        if not latents.isfinite().all():
-            raise FloatingPointError("an image came out as NaN: broken weights, or too much --guidance_scale")
         z = latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
         return self.decoder(z).clamp(-1, 1)
 
@@ -288,7 +286,7 @@ def train_vae(
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         with autocast():
             z, penalty = vae.draw_latents(x, generator)
-            output = vae.decoder(z)
+            output = vae.decoder(z).float()
         reconstruction = reconstruction_loss(x, output, config, lpips)
         loss = reconstruction + vae.penalty_weight * penalty
         playing = with_disc and step >= config.disc_start

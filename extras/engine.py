@@ -462,5 +462,7 @@ def to_document(items, trained, engine):
 
 
 def to_pil(pixels):
-    """Pixels (3, H, W) in -1..1 -> PIL image."""
+    """Pixels (3, H, W) in -1..1 -> PIL image. Raises FloatingPointError if there are NaNs among them."""
+    if not pixels.isfinite().all():
+        raise FloatingPointError("an image came out as NaN: broken weights, or too much --guidance_scale")
     return Image.fromarray(((pixels + 1) * 127.5).round().byte().movedim(0, -1).cpu().numpy())

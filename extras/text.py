@@ -47,7 +47,8 @@ def like_training(text, style, tokenizer):
         notes.append(f'"{given}" is read as "{text}", as the captions of training are written')
     if style["tokens"]:
         ids, known = tokenizer.encode(text), set(style["tokens"])
-        new = {len(tokenizer.decode(ids[: n + 1]).split()) for n, i in enumerate(ids) if i not in known}
+        # A space belongs to the word after it; "x" stands for what is still to come of that word.
+        new = {len(f"{tokenizer.decode(ids[: n + 1])}x".split()) for n, i in enumerate(ids) if i not in known}
         words = dict.fromkeys(word for n, word in enumerate(text.split(), 1) if n in new)
         if words:
             notes.append(f"no caption of training had such words as {', '.join([*words][:5])}")

@@ -89,8 +89,10 @@ def autoencoder(variant):
 
 
 def arguments(variant, out):
-    """A variant's words for train.py, with its autoencoder."""
-    return [*variant.split(), *COMMON.split(), "--vae", str(out / name(autoencoder(variant)) / "vae.pt")]
+    """A variant's words for train.py, with its autoencoder in the place of the options that trained it."""
+    words = variant.split()
+    kept = [word for pair in zip(words[::2], words[1::2]) if not pair[0].startswith("--vae_") for word in pair]
+    return [*kept, *COMMON.split(), "--vae", str(out / name(autoencoder(variant)) / "vae.pt")]
 
 
 def name(words):

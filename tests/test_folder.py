@@ -151,6 +151,14 @@ def stop_at(monkeypatch, step, *which):
     monkeypatch.setattr(recipe, "train_step", lambda run: (pressed(run), train_step(run))[1])
 
 
+@pytest.fixture(autouse=True)
+def without_nohup():
+    """Tests that are themselves run under nohup see a closed window, too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("which", ENDS, ids=names)
 def test_each_signal_saves_and_stops(which, trained_vae, tmp_path, monkeypatch, capfd):
     """Twice within a second, too: a closed window sends SIGHUP from the terminal and from the shell."""

@@ -584,3 +584,16 @@ def test_bad_prompt_files(checkpoint, tmp_path, content, message):
         (tmp_path / "prompts.txt").write_bytes(content)
     code, _, err = run_here("sample.py", "--ckpt", checkpoint, "--prompts", tmp_path / "prompts.txt")
     assert code == 1 and "prompts.txt: " in err and message in err and len(err.splitlines()) == 1
+
+
+def test_an_image_of_nan_is_not_a_black_one():
+    from extras.engine import to_pil
+    with pytest.raises(FloatingPointError, match="came out as NaN"):
+        to_pil(torch.full((3, 2, 2), torch.nan))
+    assert to_pil(torch.full((3, 2, 2), -1.0)).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_a_token_of_nan_is_not_the_first_one():
+    from extras.engine import pick_tokens
+    with pytest.raises(FloatingPointError, match="came out as NaN"):
+        pick_tokens(torch.full((1, 5), torch.nan), torch.zeros(1), torch.zeros(1))
