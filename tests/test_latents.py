@@ -105,7 +105,7 @@ def test_the_readmes_chain(kind, pictures, tmp_path):
     of_data = ["--data", "pictures", "--vae", "sd/vae"]
     for script, *args in (
         ("vae.py", "--config", "small", *of_data, "--encode", "latents"),
-        ("train.py", *flags(**TINY), *of_data, "--latents", "latents", "--text", "wiki.jsonl", "--text_fraction", 0.5, "--out", "out/mine"),
+        ("train.py", *flags(**TINY | dict(vae="sd/vae")), "--data", "pictures", "--latents", "latents", "--text", "wiki.jsonl", "--text_fraction", 0.5, "--out", "out/mine"),
         ("sample.py", "--ckpt", "out/mine", "--prompt", "number 3", "--num", 2),
     ):  # fmt: skip
         code, out, err = run_script(script, *args, cwd=tmp_path)
