@@ -38,9 +38,11 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             for shape, params in shapes.items():
                 gradients = [p.grad for p in params]
-                momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+                momenta = [self.state[p]["momentum_buffer"] for p in params]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
                 updates = orthogonal(updates.flatten(2)).to(params[0].dtype)
@@ -79,10 +81,7 @@ class MuonForConvolutions(torch.optim.AdamW):
 
 
 def make_optimizers(model, config, undecayed=()):
-    """AdamW, with weight decay on matrices only; for optimizer="muon" also Muon, for the blocks' matrices.
-
-    Muon makes an update orthogonal, which learns faster per step, and scales it to AdamW's size.
-    """
+    """AdamW, with weight decay on matrices only; for optimizer="muon" also Muon, for the blocks' matrices."""
     in_blocks = {id(p) for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"}
     parameters = [p for p in model.parameters() if p.requires_grad]
     by_muon = [p for p in parameters if id(p) in in_blocks]
