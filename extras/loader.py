@@ -1,9 +1,11 @@
 """The batches of a stream, their images loaded by worker processes ahead of need."""
 
+import atexit
 import itertools
 import os
 import signal
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -52,6 +54,8 @@ class Loader:
         if self._batches is None:
             self._state = self.state
             self._batches = iter(self._loader)
+            if self._loader.num_workers:
+                atexit.register(end_workers, weakref.ref(self._batches))
         try:
             batch, errors = next(self._batches)
         except (RuntimeError, EOFError, OSError) as error:
@@ -117,6 +121,15 @@ def in_memory(picture):
     """The same Picture, loaded. Raises ValueError if that cannot be done."""
     pixels = picture.load()
     return replace(picture, load=lambda: pixels)
+
+
+def end_workers(batches):
+    """At exit: say to the workers of an iterator (a weak reference) that no more is wanted.
+
+    Python itself would send them SIGTERM then and wait, and `leave_signals` makes them outlast that.
+    """
+    if batches() is not None:
+        batches()._shutdown_workers()
 
 
 def leave_signals(worker):
