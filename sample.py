@@ -184,7 +184,8 @@ def main(argv=None):
     add("--max_images", type=int, help="at most so many new images per document (default 1; 0 for captions)")
     add("--max_batch", type=int, default=64, help="documents in work at a time (default 64)")
     add("--out", default="out/samples", help="folder for the images (default out/samples)")
-    add("--export", metavar="FOLDER", help="write the model there as safetensors and JSON, and stop")
+    add("--export", metavar="FILE", help="write the model as one .safetensors file, and stop")
+    add("--half", action="store_true", help="with --export: its matrices in float16")
     add("--gif", action="store_true", help="also write the denoising as film.gif")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
@@ -194,8 +195,8 @@ def main(argv=None):
     texts = args.prompt + (cli.read_prompts(args.prompts) if args.prompts else [])
     trained = load(ckpt, cli.pick_device(args.device))
     if args.export:
-        extras.room("weights").export(trained, args.export)
-        return print(f"wrote {args.export}: config.json, model.safetensors, vae.safetensors")
+        extras.room("exports").export(trained, args.export, args.half)
+        return print(f"wrote {args.export}; to use it: --ckpt {args.export}")
 
     image = []
     if args.image:

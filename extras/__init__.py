@@ -197,22 +197,24 @@ def read_trained(path):
 
     Raises ValueError, naming the path, if it is none of them.
     """
-    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
-        state = room("weights").read_export(path)
+    if path.suffix == ".safetensors":
+        state = room("exports").read_export(path)
     else:
         path = path / "checkpoint.pt" if path.is_dir() else path
         state = runs.load_checkpoint(path)
     if not isinstance(state, dict) or "ema" not in state or not isinstance(state.get("config"), dict):
         raise ValueError(f"{path}: is not a checkpoint of train.py")
-    if path.is_dir() and "cache" in (state["config"].get("extra") or ()):
-        state["config"]["extra"]["cache"] = "out/cache"  # not where somebody else's export says
+    choices = state["config"].get("extra")
+    if path.suffix == ".safetensors" and isinstance(choices, dict):
+        choices["cache"] = "out/cache"  # not where somebody else's export says
     return path, state
 
 
 def restore_vae(state, where):
     """The VAE of a checkpoint's dict, in eval mode. Raises ValueError that names `where`."""
     network, kind = VAE, VAEConfig
-    if "codebook" in (state.get("vae_config") or ()):
+    settings = state.get("vae_config")
+    if isinstance(settings, dict) and "codebook" in settings:
         network, kind = room("chameleon").VQVAE, room("chameleon").VQConfig
     vae = network(cli.make(kind, state.get("vae_config"), where))
     runs.load_weights(vae, state.get("vae"), where)

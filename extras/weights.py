@@ -1,4 +1,4 @@
-"""Weights in and out: Stable Diffusion's autoencoders, Llamas, and models of ours as safetensors."""
+"""Other people's weights: Stable Diffusion's autoencoders, and Llamas."""
 
 import os
 import re
@@ -8,39 +8,16 @@ from pathlib import Path
 import torch
 
 from extras import cli
-from extras.runs import load_checkpoint, opening, read_json, write_json, written
+from extras.exports import read_safetensors
+from extras.runs import load_checkpoint, opening, read_json
 from model import Block, Transfusion, TransfusionConfig
 from vae import VAE, VAEConfig
-
-
-def safetensors():
-    """The optional package. Raises ValueError if it is not installed."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ValueError("safetensors files need a package: pip install safetensors") from None
-    return safetensors
-
-
-def read_safetensors(path, keep=lambda name: True):
-    """The tensors of a file whose names pass `keep`, on the CPU -> dict."""
-    package = safetensors()
-    with opening(path, "a safetensors file, or is truncated"), package.safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys() if keep(name)}
-
-
-def write_safetensors(path, tensors):
-    """The inverse. Raises OSError if the file cannot be written."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    content = safetensors().torch.save(tensors, {"format": "pt"})
-    with written(path) as file:
-        file.write(content)
 
 
 def read_weights(path, keep):
     """The tensors of a file, .safetensors or of torch, whose names pass `keep`, on the CPU -> dict."""
     if path.suffix == ".safetensors":
-        return read_safetensors(path, keep)
+        return read_safetensors(path, keep)[0]
     with opening(path, "a checkpoint of weights by their names"):
         state = load_checkpoint(path)
         return {name: weight for name, weight in state.get("state_dict", state).items() if keep(name)}
@@ -215,8 +192,7 @@ LAYER += ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_
 
 def is_llama(path):
     """Is it a folder to be read by load_llama, rather than a checkpoint or an export of ours?"""
-    settings = Path(path) / "config.json"
-    return settings.exists() and read_json(settings).get("model_type") != "transfusion"
+    return (Path(path) / "config.json").exists()
 
 
 def inspect_llama(folder, config):
@@ -307,27 +283,3 @@ def freeze_text(model, new_tokens):
         weight.register_hook(lambda gradient, frozen=frozen: gradient.masked_fill(frozen, 0))
     told = f"of {sum(p.numel() for p in model.parameters()):,} parameters, {n_trained:,} are trained"
     return partly, f"{told}: those of patches, and the rows of the {new_tokens} special tokens"
-
-
-# ---- Ours ----------------------------------------------------------------------------------------
-
-
-def export(trained, folder):
-    """Write what sampling needs as model.safetensors, vae.safetensors and config.json, for `sample.load`."""
-    parts = dict(model=trained.model.config, diffusion=trained.ddpm.config, data=trained.data)
-    parts |= dict(sampling=trained.sampling, extra=replace(trained.extra, cache=""))  # that of this machine
-    state = {"model_type": "transfusion", "config": {name: asdict(part) for name, part in parts.items()}}
-    state |= {"vae_config": asdict(trained.vae.config), "tokenizer": trained.tokenizer.state()}
-    for name, network in (("model", trained.model), ("vae", trained.vae)):
-        write_safetensors(Path(folder) / f"{name}.safetensors", network.state_dict())
-    write_json(Path(folder) / "config.json", state)
-
-
-def read_export(folder):
-    """What `export` wrote, as a checkpoint holds it."""
-    state = read_json(Path(folder) / "config.json")
-    kind = state.get("model_type")
-    wanted = "not one that sample.py --export wrote"
-    require(folder, kind == "transfusion", f"is a model of type {kind!r}, {wanted}")
-    weights = [read_safetensors(Path(folder) / f"{name}.safetensors") for name in ("model", "vae")]
-    return state | dict(zip(("ema", "vae"), weights))

@@ -17,7 +17,7 @@ from extras import load_vae
 from extras.latents import check_latents, write_latents
 from extras.pairs import Pairs
 from extras.runs import save_checkpoint
-from extras.weights import write_safetensors
+from extras.exports import write_safetensors
 from train import parse, set_up, train_step
 from vae import VAE
 

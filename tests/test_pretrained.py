@@ -4,7 +4,6 @@ import json
 import math
 import re
 import struct
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,19 +17,14 @@ from torch import nn
 
 from attention_mask import transfusion_mask
 from extras import Choices, load_vae, new_model
-from extras import weights as room
+from extras.exports import read_safetensors, write_safetensors
 from extras.runs import save_checkpoint
-from extras.weights import freeze_text, from_latent_diffusion, load_llama, load_pretrained, read_safetensors
+from extras.weights import check_vocabulary, freeze_text, from_latent_diffusion, load_llama, load_pretrained
 from model import Transfusion, TransfusionConfig
 from vae import VAE, VAEConfig
 
 VAES = ["stable diffusion", "without quant", "by channel", "latent diffusion"]
 LLAMAS = ["llama 2", "grouped, untied", "llama 3.1", "llama 3.2, tied"]
-
-
-def write_safetensors(path, tensors):
-    pytest.importorskip("safetensors", reason="pip install safetensors")
-    room.write_safetensors(path, tensors)
 
 
 def fixture(file, kind):
@@ -238,12 +232,12 @@ def assert_equal(found, expected):
 
 def test_tensors_are_written_and_read(tmp_path):
     write_safetensors(tmp_path / "deep" / "x.safetensors", TENSORS)
-    assert_equal(read_safetensors(tmp_path / "deep" / "x.safetensors"), TENSORS)
-    assert_equal(read_safetensors(tmp_path / "deep" / "x.safetensors", lambda name: name == "half"), {"half": TENSORS["half"]})
+    assert_equal(read_safetensors(tmp_path / "deep" / "x.safetensors")[0], TENSORS)
+    assert_equal(read_safetensors(tmp_path / "deep" / "x.safetensors", lambda name: name == "half")[0], {"half": TENSORS["half"]})
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.safetensors"]
     header = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     (tmp_path / "y.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<2f", 1.5, -2.0))
-    assert_equal(read_safetensors(tmp_path / "y.safetensors"), {"x": torch.tensor([1.5, -2.0])})
+    assert_equal(read_safetensors(tmp_path / "y.safetensors")[0], {"x": torch.tensor([1.5, -2.0])})
 
 
 def test_the_package_reads_what_is_written_and_writes_what_is_read(tmp_path):
@@ -251,7 +245,7 @@ def test_the_package_reads_what_is_written_and_writes_what_is_read(tmp_path):
     write_safetensors(tmp_path / "ours", TENSORS)
     assert_equal(package.load_file(tmp_path / "ours"), TENSORS)
     package.save_file({name: value.contiguous() for name, value in TENSORS.items()}, tmp_path / "theirs", {"format": "pt"})
-    assert_equal(read_safetensors(tmp_path / "theirs"), TENSORS)
+    assert_equal(read_safetensors(tmp_path / "theirs")[0], TENSORS)
 
 
 @pytest.mark.parametrize("header, size", [
@@ -260,19 +254,10 @@ def test_the_package_reads_what_is_written_and_writes_what_is_read(tmp_path):
     ('{"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}', None), ("{}", 2**62), ("[" * 100_000, None),
 ])  # fmt: skip
 def test_broken_files_are_refused_by_name(header, size, tmp_path):
-    pytest.importorskip("safetensors", reason="pip install safetensors")
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", size or len(header)) + header.encode() + bytes(8))
     with pytest.raises(ValueError, match="x.safetensors: is not a safetensors file, or is truncated") as error:
         read_safetensors(tmp_path / "x.safetensors")
     assert "\n" not in str(error.value)
-
-
-def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    for act in (lambda: read_safetensors(tmp_path / "x"), lambda: room.write_safetensors(tmp_path / "x", {})):
-        with pytest.raises(ValueError, match="pip install safetensors"):
-            act()
 
 
 # ---- Llama ----------------------------------------------------------------------------------------------------------
@@ -385,7 +370,7 @@ def test_rows_that_pad_a_vocabulary_are_left_out(tmp_path):
 def test_a_padded_vocabulary_is_the_tokenizers(n, fits, tmp_path):
     llama_folder(tmp_path, "llama 3.1", vocab_size=128)
     with nullcontext() if fits else pytest.raises(ValueError, match=f"knows 128 tokens, but the tokenizer {n};"):
-        room.check_vocabulary(tmp_path, SimpleNamespace(bos=n))
+        check_vocabulary(tmp_path, SimpleNamespace(bos=n))
 
 
 def change_weight(change):

@@ -1,4 +1,4 @@
-"""A model out as safetensors and JSON, and in again; training that starts from other people's weights or from our own."""
+"""A model out as one file of safetensors, and in again; training that starts from other people's weights or from our own."""
 
 import json
 import re
@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import TINY, flags, run_here, tiny_model
 from PIL import Image
-from test_pretrained import fixture, llama_folder, write_safetensors
+from test_pretrained import fixture, llama_folder
 
 from data import DataConfig
 from diffusion import DDPM, SamplingConfig
 from extras import Choices
+from extras.exports import export, read_safetensors, write_safetensors
 from extras.runs import opening, save_checkpoint, written
 from extras.tokenizers import BPETokenizer, JSONTokenizer
-from extras.weights import export
 from sample import Trained, generate, load
 from train import parse, save, set_up
 from vae import VAE, VAEConfig
@@ -26,7 +26,6 @@ SMALL_VAE = dict(channels=16, channel_multiples=(1, 2), n_res=0, latent_channels
 @pytest.fixture
 def trained():
     """A tiny model with a tokenizer of some merges, to be exported."""
-    pytest.importorskip("safetensors", reason="pip install safetensors")
     tokenizer = BPETokenizer([(97, 98), (256, 99)])
     model = tiny_model(scale=8.0, n_heads=4, n_kv_heads=2, vocab_size=tokenizer.vocab_size, rope_scaling=(8, 1, 4, 64))
     vae = VAE(VAEConfig(**SMALL_VAE)).eval()
@@ -41,9 +40,10 @@ def test_what_is_exported_is_read_back(of_tokenizer, trained, tmp_path):
         tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
         model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "abc": 1, "b": 2}, unk_token="[UNK]"))
         trained.tokenizer = JSONTokenizer(model.to_str())
-    export(trained, tmp_path / "a" / "model")
-    assert sorted(path.name for path in (tmp_path / "a" / "model").iterdir()) == ["config.json", "model.safetensors", "vae.safetensors"]
-    again = load(tmp_path / "a" / "model")
+    path = tmp_path / "a" / "model.safetensors"
+    export(trained, path)
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
+    again = load(path)
     assert again.model.config == trained.model.config and again.vae.config == trained.vae.config and not again.model.training
     assert again.tokenizer.state() == trained.tokenizer.state() and again.tokenizer.encode("abc b") == trained.tokenizer.encode("abc b")
     for ours, theirs in ((trained.model, again.model), (trained.vae, again.vae)):
@@ -52,26 +52,50 @@ def test_what_is_exported_is_read_back(of_tokenizer, trained, tmp_path):
     if of_tokenizer == "merges":
         answers = [generate(t, [["abc"]], max_tokens=4) for t in (trained, again)]
         assert answers[0][0][0] == "abc" and answers[0][0][1].tobytes() == answers[1][0][1].tobytes()
-    export(again, tmp_path / "b")
-    for name in ("config.json", "model.safetensors", "vae.safetensors"):
-        assert (tmp_path / "a" / "model" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    export(again, tmp_path / "b.safetensors")
+    assert path.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_half_precision_halves_the_matrices_alone(trained, tmp_path):
+    export(trained, tmp_path / "a.safetensors")
+    export(trained, tmp_path / "b.safetensors", half=True)
+    whole, half = (read_safetensors(tmp_path / name)[0] for name in ("a.safetensors", "b.safetensors"))
+    for name, value in whole.items():
+        assert torch.equal(half[name], value.half() if value.ndim > 1 else value)
+    assert (tmp_path / "b.safetensors").stat().st_size < 0.6 * (tmp_path / "a.safetensors").stat().st_size
+    assert load(tmp_path / "b.safetensors").model.head.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="ends in .safetensors"):
+        export(trained, tmp_path / "c")
+
+
+def test_the_package_reads_an_export(trained, tmp_path):
+    package = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+    export(trained, tmp_path / "a.safetensors", half=True)
+    found, ours = package.load_file(tmp_path / "a.safetensors"), read_safetensors(tmp_path / "a.safetensors")[0]
+    assert found.keys() == ours.keys() and all(torch.equal(found[name], ours[name]) for name in ours)
+
+
+def changed(path, a, b):
+    """Put b in the place of a in the configuration of an export."""
+    tensors, texts = read_safetensors(path)
+    write_safetensors(path, tensors, {name: text.replace(a, b) for name, text in texts.items()})
 
 
 @pytest.mark.parametrize("broken, message", [
-    (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "'llama'"),
-    (lambda f: (f / "config.json").write_text('{"model_type": "transfusion"}'), "is not a checkpoint of train.py"),
-    (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
-    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"n_layers": 2', '"n_layers": 3')), "do not have the sizes"),
-    (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"n_layers": 2', '"layers": 2')), "has an unknown layers"),
-    (lambda f: (f / "config.json").unlink(), "checkpoint.pt: no such checkpoint"),
-    (lambda f: (f / "vae.safetensors").unlink(), "vae.safetensors: no such file"),
-    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "model.safetensors: .*truncated"),
+    (lambda f: write_safetensors(f, {}), "is not a model that sample.py --export wrote"),
+    (lambda f: write_safetensors(f, {}, {"transfusion": "{}"}), "is not a checkpoint of train.py"),
+    (lambda f: write_safetensors(f, {}, {"transfusion": "{"}), "is not a model that sample.py --export wrote"),
+    (lambda f: changed(f, '"n_layers": 2', '"n_layers": 3'), "do not have the sizes"),
+    (lambda f: changed(f, '"n_layers": 2', '"layers": 2'), "has an unknown layers"),
+    (lambda f: f.unlink(), "x.safetensors: no such file"),
+    (lambda f: f.write_bytes(f.read_bytes()[:-9]), "x.safetensors: .*truncated"),
 ])  # fmt: skip
 def test_a_broken_export_is_refused(broken, message, trained, tmp_path):
-    export(trained, tmp_path)
-    broken(tmp_path)
+    path = tmp_path / "x.safetensors"
+    export(trained, path)
+    broken(path)
     with pytest.raises(ValueError, match=message) as error:
-        load(tmp_path)
+        load(path)
     assert "\n" not in str(error.value)
 
 
@@ -111,14 +135,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_script_exports(small_run, tmp_path):
-    pytest.importorskip("safetensors", reason="pip install safetensors")
     checkpoint = small_run[0] / "out/small/checkpoint.pt"
-    code, out, err = run_here("sample.py", "--ckpt", checkpoint, "--export", tmp_path / "model", "--device", "cpu")
-    assert code == 0 and "vae.safetensors" in out, err
+    code, out, err = run_here("sample.py", "--ckpt", checkpoint, "--export", tmp_path / "model.safetensors", "--device", "cpu")
+    assert code == 0 and "to use it: --ckpt" in out, err
     prompt = ("--prompt", "a red circle", "--num", "1", "--device", "cpu", "--out")
-    for name, ckpt in (("a", checkpoint), ("b", tmp_path / "model")):
+    for name, ckpt in (("a", checkpoint), ("b", tmp_path / "model.safetensors")):
         assert run_here("sample.py", "--ckpt", ckpt, *prompt, tmp_path / name)[0] == 0
-    assert json.loads((tmp_path / "model/config.json").read_text())["config"]["model"]["dim"] == 128
+    assert json.loads(read_safetensors(tmp_path / "model.safetensors")[1]["transfusion"])["config"]["model"]["dim"] == 128
     a, b = (Image.open(tmp_path / name / "000.png").tobytes() for name in "ab")
     assert a == b and len(set(a)) > 1
 
