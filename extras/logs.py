@@ -1,4 +1,4 @@
-"""What a run says: lines on the terminal, JSON lines in a file, and the same in Weights & Biases."""
+"""What a run says: lines of at most 80 columns, JSON lines in a file, and the same in Weights & Biases."""
 
 import json
 import math
@@ -46,18 +46,17 @@ class Log:
         self.steps, self.seconds, self.flops = self.steps + 1, self.seconds + seconds, self.flops + flops
 
     def step(self, step, values, names):
-        """Log a training step, with the pace since the last line. names: of its losses."""
+        """Log a training step, with the pace since the last line; some of it is said. names: of its losses."""
         values |= dict(flops=self.flops / self.steps, ms=1000 * self.seconds / self.steps)
         values |= dict(tokens_per_s=self.steps * self.tokens / self.seconds)
-        line = " | ".join(f"{name} {values[name]:.3f}" for name in names)
-        line += f" | norm {values['norm']:.2f} | lr {values['lr']:.1e} | fill {values['fill']:.1%}"
-        line += f" | {values['ms']:.0f} ms | {values['tokens_per_s']:,.0f} tokens/s"
+        texts = [f"iter {step:6}", *(f"{name} {values[name]:.3f}" for name in names)]
+        texts += [f"norm {values['norm']:.2f}", f"lr {values['lr']:.1e}", f"{values['ms']:.0f} ms"]
         if self.peak:
             values["mfu"] = self.flops / self.seconds / self.peak
-            line += f" | MFU {values['mfu']:.1%}"
+            texts.append(f"MFU {values['mfu']:.0%}")
         self.steps, self.seconds, self.flops = 0, 0.0, 0.0
         self.write(step, values)
-        say(self, f"iter {step:6} | {line}")
+        say(self, "  ".join(texts))
 
     def validation(self, step, found):
         """Log the losses of a validation: {name: mean or None}."""
@@ -67,7 +66,8 @@ class Log:
         quarters = " ".join(texts[name] for name in texts if name.startswith("ddpm_q"))
         means = [f"{name} {text}" for name, text in texts.items() if "_q" not in name and "gap" not in name]
         means += [f"by t {quarters}"] if quarters else []
-        say(self, " | ".join(["held out: " + means[0], *means[1:], *gap.said(found)]))
+        for part in filter(None, (means, gap.said(found))):
+            say(self, "held out: " + "  ".join(part))
 
     def write(self, step, values):
         """One line: {name: number} of a step. Raises OSError, in all processes, if the disk is full."""

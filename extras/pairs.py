@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from data import clean_text
 from extras.latents import Latents
@@ -76,28 +76,51 @@ def fit_image(image, image_size):
     return np.array(ImageCms.applyTransform(image, convert) if convert else image)
 
 
+def pixels_alone(content):
+    """The bytes of a PNG or JPEG without what its pixels do not need: text, profiles, thumbnails."""
+    if content.startswith(b"\x89PNG"):
+        kept, at = [content[:8]], 8
+        while at < len(content):
+            size = 12 + int.from_bytes(content[at : at + 4], "big")
+            if content[at + 4 : at + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+                kept.append(content[at : at + size])
+            at += size
+        return b"".join(kept)
+    kept, at = [content[:2]], 2
+    while (marker := content[at + 1]) != 0xDA:  # after which pixels come
+        size = 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+        if not 0xE0 <= marker <= 0xEF or marker == 0xEE and size >= 14:  # Adobe's tells how colours are meant
+            kept.append(content[at : at + size])
+        at += size
+    return b"".join(kept) + content[at:]
+
+
+def decode(file, image_size):
+    """What Pillow reads in a path or a binary file, as `fit_image` makes it. Raises many kinds of errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file, formats=FORMATS) as image:
+            image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG may be decoded at 1/2, 1/4, 1/8
+            return fit_image(image, image_size)
+
+
 def load_image(file, image_size, name=None):
-    """An image file (a path, or a binary file with its name) as `fit_image` makes it; of several, the first.
+    """An image file (a path, or a BytesIO with its name) as `fit_image` makes it; of several, the first.
 
     Raises ValueError, naming it, if that cannot be done, or it has more pixels than Pillow's limit.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            ImageFile.LOAD_TRUNCATED_IMAGES = True  # while metadata are read
-            with Image.open(file, formats=FORMATS) as image:
-                ImageFile.LOAD_TRUNCATED_IMAGES = False
-                image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG may be decoded at 1/2, 1/4, 1/8
-                return fit_image(image, image_size)
+        return decode(file, image_size)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
-    except Exception as error:  # Pillow raises many kinds for broken files
+    except Exception as error:
+        with contextlib.suppress(Exception):  # if its metadata are what is wrong with it
+            content = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+            return decode(io.BytesIO(pixels_alone(content)), image_size)
         unknown = "it is in none of the formats " + ", ".join(FORMATS)
         reason = unknown if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name or file}: cannot be read as an image ({reason})") from None
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 # ---- Pairs of files ------------------------------------------------------------------------------

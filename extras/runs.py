@@ -4,6 +4,7 @@ What cannot be read is a ValueError, what cannot be written an OSError.
 """
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -30,6 +31,25 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
 
 import torch  # noqa: E402, it takes seconds
 from tqdm import tqdm  # noqa: E402
+
+
+class Lines:
+    """Where stderr is no terminal: a bar's text as a line every half minute, without control characters."""
+
+    due = time.monotonic() + 30
+
+    def write(self, text):
+        """Take what a bar writes. A state of it begins with a carriage return."""
+        if text.strip() and text.startswith("\r") and time.monotonic() > self.due:
+            print(text.strip(), file=sys.stderr, flush=True)
+            self.due = time.monotonic() + 30
+
+    def flush(self):
+        """Files have it."""
+
+
+if not (sys.stderr and sys.stderr.isatty()):
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, file=Lines())
 
 STOPPED = "stopped. Training that had begun was saved: the same command with --resume goes on from there"
 FINISHING = "\nfinishing what is begun, then saving; once more stops at once\n"
@@ -95,7 +115,26 @@ def load_checkpoint(path):
         raise ValueError(f"{path}: no such checkpoint")
     with opening(path, "a checkpoint of tensors and plain values, or is truncated"):
         # Mapped, so that the processes of a machine share one copy.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    check_sizes(state, path)
+    return state
+
+
+def check_sizes(state, where):
+    """Raises ValueError if a checkpoint's configuration asks for more numbers than its weights are.
+
+    To build such a model might take for ever. What else is wrong with it is found later.
+    """
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        model, extra = state["config"]["model"], state["config"]["extra"]
+        parts = [("vae", state["vae_config"], ("n_res", "channels")), ("ema", model, ("n_layers", "dim"))]
+        parts += [("ema", extra, ("unet_blocks", "unet_channels"))] * (extra["patch_encoder"] == "unet")
+        for part, config, names in parts:
+            deep, wide = (config[name] for name in names)
+            there = sum(weight.numel() for weight in state[part].values())
+            if type(deep) is type(wide) is int and max(1, deep) * wide * wide > there:
+                asked = f"{names[0]} {deep:,} and {names[1]} {wide:,}"
+                raise ValueError(f"{where}: has only {there:,} weights, too few for {asked}")
 
 
 def load_weights(module, weights, where):

@@ -243,7 +243,7 @@ def chameleon_run(tmp_path_factory):
 def test_the_preset_trains_samples_and_is_evaluated(chameleon_run, tmp_path):
     folder, out = chameleon_run
     assert "% are used; perplexity" in out
-    assert "held out: lm" in out and "| codes " in out and "ddpm" not in out and "held out, prompts" in out
+    assert "held out: lm" in out and "  codes " in out and "ddpm" not in out and "held out, prompts" in out
     lm = [float(line.split(" lm ")[1].split()[0]) for line in out.splitlines() if line.startswith("iter")]
     assert sum(lm[-5:]) < 0.95 * sum(lm[:5])
     for args in (["--prompt", "a red circle", "--gif", "--num", 2, "--guidance_scale", 2, "--code_top_p", 0.9], ["--max_tokens", 20, "--max_images", 2, "--num", 3, "--gif"]):
@@ -265,7 +265,7 @@ def test_exported_and_read_back(chameleon_run, tmp_path):
 
 def test_small_with_discrete_images(tmp_path):
     code, out, err = run_here("train.py", *flags(**TINY_VQ | dict(config="small", images="discrete", codebook=16, max_steps=2), out=tmp_path))
-    assert code == 0 and "| codes " in out, err
+    assert code == 0 and "  codes " in out, err
 
 
 def test_a_llama_learns_codes(chameleon_run, tmp_path):

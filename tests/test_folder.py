@@ -25,7 +25,10 @@ import extras
 import train as recipe
 from extras import runs
 from extras.cli import report_errors
-from extras.runs import Interrupt, claim, load_checkpoint, lock
+from extras.logs import Log
+from extras.runs import Interrupt, Lines, claim, load_checkpoint, lock
+from sample import load
+from tqdm import tqdm
 from train import save, set_up, train_step
 from vae import VAE
 
@@ -468,3 +471,51 @@ def test_under_torchrun_all_stop_and_one_says_why(n, expected, tmp_path):
     ours = err.partition("ChildFailedError")[0]
     assert process.returncode == 1 and err.count("error: ") == 1 and expected in err, err
     assert ours.count("Traceback") == 1 and "RuntimeError" not in err and not list(tmp_path.glob("*.partial"))  # torchrun's own
+
+
+# ---- What a run says ------------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_of_80_columns_keeps_lines_whole(small_run, capsys):
+    """The log's and the table's; at the paper's sizes, too."""
+    _, _, out, _ = small_run
+    lines = [line for line in out.splitlines() if line.startswith(("iter", "held out", "seen", "% of n"))]
+    assert len(lines) > 5 and max(map(len, lines)) <= 80 and any("text gap" in line for line in lines)
+    log = Log.__new__(Log)
+    vars(log).update(rank=0, peak=1e15, tokens=2**21, steps=0, seconds=0.0, flops=0.0, write=lambda *_: None)
+    log.pace(12.0, 4e15)
+    log.step(250_000, dict(lm=10.373, ddpm=0.123, norm=10.12, lr=3e-4, fill=0.95), ("lm", "ddpm"))
+    assert len(said := capsys.readouterr().out.rstrip("\n")) <= 80 and said.endswith("12000 ms  MFU 33%")
+
+
+def test_in_a_file_a_bar_is_a_line_now_and_then(small_run, monkeypatch, capsys):
+    assert not set("\r\x1b") & set(small_run[3])
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Lines, "due", 30.0)
+    for _ in tqdm(range(100), "train", file=Lines(), mininterval=0):
+        now[0] += 1.0
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3 and all("train" in line and line.isprintable() for line in told)
+
+
+# ---- Files that ask for more than they hold -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where, name, value", [
+    ("config.model", "n_layers", 10**30), ("config.model", "n_layers", 10**6), ("config.model", "dim", 10**7), ("vae_config", "n_res", 10**30),
+    ("vae_config", "channels", 10**7), ("config.extra", "unet_blocks", 10**30),
+])  # fmt: skip
+def test_sizes_beyond_the_files_own_are_refused_before_they_are_built(where, name, value, trained_vae, tmp_path):
+    """A checkpoint, a VAE, and what --resume and --init_from read, come through the same door."""
+    save(run := set_up(config_of(tmp_path, vae=trained_vae)))
+    state = dict(load_checkpoint(run.checkpoint))
+    if "unet" in name:
+        state["config"]["extra"]["patch_encoder"] = "unet"
+    part = state
+    for key in where.split("."):
+        part = part[key]
+    part[name] = value
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=f"odd.pt: has only [0-9,]+ weights, too few for .*{name} {value:,}"):
+        load(tmp_path / "odd.pt")

@@ -26,7 +26,7 @@ from conftest import ROOT, TINY, divide, flags, run_here
 from PIL import Image
 
 import data
-from data import DataConfig, PairDocuments, Picture, Stream, Tokenizer
+from data import DataConfig, ImageSegment, PairDocuments, Stream, Tokenizer
 from extras.loader import BatchDataset, Loader
 from extras import Choices, open_pairs, open_text, open_tokenizer, pairs, restore_tokenizer
 from extras.pairs import Pairs, load_image
@@ -501,6 +501,32 @@ def test_broken_pictures_are_refused_by_name(kind):
         load_image(io.BytesIO(BROKEN[kind]), 16, "x.jpg")
 
 
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+NONSENSE = [b"", b"\0\0\0", b"key\0\x07abc", b"key\0\0abcdef", b"key\0\1\0en\0tr\0no", bytes(range(200)), b"key\0\0" + zlib.compress(bytes(2**27))]
+
+
+@pytest.mark.parametrize("kind", "tEXt zTXt iTXt iCCP eXIf gAMA cHRM sRGB pHYs tIME bKGD sPLT acTL fcTL fdAT xxxx".split())
+def test_metadata_never_cost_a_png(kind):
+    """Whatever is in them, before the pixels and after them."""
+    png = image_bytes(50)
+    for body in NONSENSE:
+        for at in (33, len(png) - 12):
+            odd = png[:at] + png_chunk(kind.encode(), body) + png[at:]
+            assert np.array_equal(load_image(io.BytesIO(odd), 8, "x"), load_image(io.BytesIO(png), 8, "x"))
+
+
+@pytest.mark.parametrize("marker", [*range(0xE0, 0xF0), 0xFE])
+def test_metadata_never_cost_a_jpeg(marker):
+    jpeg = image_bytes(50, "JPEG")
+    for start in (b"", b"JFIF", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"ICC_PROFILE\0", b"Adobe", b"Photoshop 3.0\0", b"MPF\0"):
+        for body in (start, start + bytes(range(200))):
+            odd = jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+            assert abs(load_image(io.BytesIO(odd), 8, "x").astype(int) - load_image(io.BytesIO(jpeg), 8, "x")).max() < 3
+
+
 def test_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "lime", "blue")]
     for suffix in ("gif", "webp", "png"):
@@ -596,15 +622,15 @@ def test_the_place_is_never_too_small(tmp_path):
 
     def broken(document):
         try:
-            return [part.load() for part in document if isinstance(part, Picture)] == []
+            return [part.load() for part in document if isinstance(part, ImageSegment)] == []
         except ValueError:
             return True
 
     for i in range(200):
         document, errors = documents(i), []
         final = BatchDataset(documents, BYTES, 96, 16, strict=False).loaded(i, errors)
-        assert sum(isinstance(part, Picture) for part in final) == 1 and data.document_length(final, 16) <= data.document_length(document, 16)
-        order = lambda d: [isinstance(s, Picture) for s in d]
+        assert sum(isinstance(part, ImageSegment) for part in final) == 1 and data.document_length(final, 16) <= data.document_length(document, 16)
+        order = lambda d: [isinstance(s, ImageSegment) for s in d]
         assert order(final) == order(document) and bool(errors) == broken(document)
 
 
@@ -878,7 +904,7 @@ def test_text_makes_its_share_of_the_positions(fraction, tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "x" * int(rng.integers(5, 200))}) + "\n" for _ in range(400)))
     config = configured(text=str(tmp_path / "t.jsonl"), text_fraction=fraction, seq_len=128)
     documents = with_text(PairDocuments(Scenes(), BYTES, config.data), config, open_text(config, BYTES))
-    lengths = [(data.document_length(documents(i), 16), any(isinstance(s, Picture) for s in documents(i))) for i in range(3000)]
+    lengths = [(data.document_length(documents(i), 16), any(isinstance(s, ImageSegment) for s in documents(i))) for i in range(3000)]
     assert abs(sum(n for n, pair in lengths if not pair) / sum(n for n, _ in lengths) - fraction) < 0.02
 
 
