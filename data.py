@@ -1,7 +1,7 @@
 """Captioned images as tokens, documents and batches (paper, section 3, "Data representation", and 4.1).
 
     Tokenizer      bytes, then <BOS>, <EOS>, <BOI>, <EOI> and padding
-    Picture        an image inside a document; the other segments of a document are lists of tokens
+    ImageSegment   an image inside a document; the other segments of a document are lists of tokens
     Batch          one training batch, laid out by `collate`; every other file uses its field names
     PairDocuments  <BOS> caption <BOI> patches <EOI> <EOS>, or <BOS> <BOI> patches <EOI> caption <EOS>
     Stream         documents packed into rows of a fixed length
@@ -78,7 +78,7 @@ class Tokenizer:
 
 
 @dataclass
-class Picture:
+class ImageSegment:
     """An image inside a document, loaded only when its batch is made."""
 
     load: Callable  # () -> uint8 (H, W, 3); raises ValueError if that cannot be done
@@ -91,7 +91,7 @@ class Cut(list):
 
 def document_length(document, n_patches):
     """Positions that a document takes: <BOS>, its tokens, and <BOI> patches <EOI> for each image."""
-    return 1 + sum(n_patches + 2 if isinstance(part, Picture) else len(part) for part in document)
+    return 1 + sum(n_patches + 2 if isinstance(part, ImageSegment) else len(part) for part in document)
 
 
 @dataclass
@@ -133,7 +133,7 @@ def collate(rows, tokenizer, seq_len, n_patches):
         for d, document in enumerate(row):
             ids, owner = [tokenizer.bos], [TEXT]
             for part in document:
-                if isinstance(part, Picture):
+                if isinstance(part, ImageSegment):
                     ids += [tokenizer.boi] + [tokenizer.pad] * n_patches + [tokenizer.eoi]
                     owner += [TEXT] + [len(images)] * n_patches + [TEXT]
                     images.append(part.load())
@@ -176,8 +176,8 @@ class PairDocuments:
         ids = self.tokenizer.encode(caption)
         order, drop = np.random.default_rng([self.seed, 7, number]).random(2)
         if order >= self.config.caption_first:
-            return [Picture(load, min(self.config.image_first_max_t, self.timesteps)), ids]
-        return [[] if drop < self.config.drop_caption else ids, Picture(load, self.timesteps)]
+            return [ImageSegment(load, min(self.config.image_first_max_t, self.timesteps)), ids]
+        return [[] if drop < self.config.drop_caption else ids, ImageSegment(load, self.timesteps)]
 
     def name(self, number):
         """What messages call it."""

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from attention_mask import transfusion_mask
-from data import Picture, collate, document_length
+from data import ImageSegment, collate, document_length
 from diffusion import guide, needs_noise
 from extras.cli import RANGES, RULE
 from extras.pairs import fit_image
@@ -423,7 +423,7 @@ def to_sequence(number, document, seed, trained, options):
     for part in document:
         if isinstance(part, Image.Image):
             pixels = fit_image(part, trained.data.image_size)
-            segments.append(Picture(lambda pixels=pixels: pixels, 0))  # clean: conditioning
+            segments.append(ImageSegment(lambda pixels=pixels: pixels, 0))  # clean: conditioning
         elif not isinstance(part, str):
             found = f"here has a {type(part).__name__}; of an array, Image.fromarray makes an image"
             raise ValueError(f"a document is of strings and PIL images, and {found}")

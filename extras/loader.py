@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import DataLoader
 
-from data import Picture, Tokenizer, collate, document_length
+from data import ImageSegment, Tokenizer, collate, document_length
 from extras.runs import ENDS
 
 
@@ -107,18 +107,18 @@ class BatchDataset:
         document = first = self.document(i)
         for attempt in range(1, attempts + 2):
             try:
-                return [in_memory(part) if isinstance(part, Picture) else part for part in document]
+                return [in_memory(part) if isinstance(part, ImageSegment) else part for part in document]
             except ValueError as error:
                 if self.strict or attempt > attempts:
                     raise
                 errors.append(str(error))
             document = self.document(i, attempt)
             if document_length(document, self.n_patches) > document_length(first, self.n_patches):
-                document = [part if isinstance(part, Picture) else [] for part in document]
+                document = [part if isinstance(part, ImageSegment) else [] for part in document]
 
 
 def in_memory(picture):
-    """The same Picture, loaded. Raises ValueError if that cannot be done."""
+    """The same ImageSegment, loaded. Raises ValueError if that cannot be done."""
     pixels = picture.load()
     return replace(picture, load=lambda: pixels)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from data import PairDocuments, Picture
+from data import ImageSegment, PairDocuments
 from extras.judge import judge, read_places, shares
 from extras.scenes import COLOURS, PLACES, WIDTHS, Scenes, Shape, split_of
 
@@ -153,13 +153,13 @@ class StoryDocuments(PairDocuments):
         if len(scenes) == 2:
             before, after = scenes
             ids = self.tokenizer.encode(instructions[0])
-            return [Picture(before.render, 0), ids, Picture(after.render, self.timesteps)]
+            return [ImageSegment(before.render, 0), ids, ImageSegment(after.render, self.timesteps)]
         u, drop = np.random.default_rng([self.seed, 7, number]).random(2)
         picked = int(len(scenes) * u**0.5)  # of three images: 1, 3 and 5 times in 9
         caption = "" if drop < self.config.drop_caption else scenes[0].caption
         document = []
         for k, (text, scene) in enumerate(zip([caption, *instructions], scenes)):
-            image = Picture(scene.render, self.timesteps if k >= picked else 0)
+            image = ImageSegment(scene.render, self.timesteps if k >= picked else 0)
             document += [self.tokenizer.encode(text), image]
         return document
 

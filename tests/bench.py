@@ -36,7 +36,7 @@ from PIL import Image
 from torch.nn.attention.flex_attention import flex_attention
 
 from attention_mask import flex_mask, transfusion_mask
-from data import NO_LOSS, Picture, Tokenizer, collate
+from data import NO_LOSS, ImageSegment, Tokenizer, collate
 from diffusion import DDPM, guide
 from extras import engine, generate
 from extras.costs import batch_flops, peak_flops
@@ -93,7 +93,7 @@ def documents(rows, per_row, text, config, device):
     """A batch of rows of documents: so many tokens of text, then an image -> (Batch, clean latents, t, eps)."""
     generator = torch.Generator().manual_seed(0)
     ids = lambda: torch.randint(256, (text,), generator=generator).tolist()
-    nothing = Picture(lambda: torch.zeros(1, 1, 3, dtype=torch.uint8).numpy(), 1000)
+    nothing = ImageSegment(lambda: torch.zeros(1, 1, 3, dtype=torch.uint8).numpy(), 1000)
     length = per_row * (1 + text + config.n_patches + 2)
     length = -(-length // 128) * 128 if per_row > 1 else length
     batch = collate([[[ids(), nothing] for _ in range(per_row)] for _ in range(rows)], Tokenizer(), length, config.n_patches)

@@ -24,7 +24,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(ROOT))
 
 import extras  # noqa: E402
-from data import DataConfig, Picture, Tokenizer  # noqa: E402
+from data import DataConfig, ImageSegment, Tokenizer  # noqa: E402
 from diffusion import DDPM, SamplingConfig  # noqa: E402
 from extras import Choices, engine, generate  # noqa: E402
 from model import TransfusionConfig  # noqa: E402
@@ -103,7 +103,7 @@ def tiny_trained(model, tokenizer=None, prediction="v", seq_len=160, **more):
 def picture(seed, side=SIDE, max_t=1000):
     """A document's picture of random pixels."""
     pixels = torch.randint(256, (side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).numpy()
-    return Picture(lambda: pixels, max_t)
+    return ImageSegment(lambda: pixels, max_t)
 
 
 def image(seed, side=SIDE):

@@ -16,7 +16,7 @@ import torch
 from conftest import divide, flags, picture, run_here, tiny_model
 from PIL import Image, ImageCms
 
-from data import NO_LOSS, DataConfig, PairDocuments, Picture, Stream, Tokenizer, clean_text, collate, document_length, to_pixels
+from data import NO_LOSS, DataConfig, ImageSegment, PairDocuments, Stream, Tokenizer, clean_text, collate, document_length, to_pixels
 from diffusion import DDPM
 from extras import Choices, open_documents, open_pairs, open_text, open_tokenizer, restore_tokenizer
 from extras.pairs import Pairs, fit_image, load_image
@@ -410,7 +410,7 @@ def test_both_orders_and_their_noise_limits():
     seen = {"caption first": 0, "dropped": 0, "image first": 0}
     for i in range(4000):
         first, second = document(i)
-        if isinstance(first, Picture):
+        if isinstance(first, ImageSegment):
             seen["image first"] += 1
             assert first.max_t == 500 and second == text[i]
         else:
@@ -421,7 +421,7 @@ def test_both_orders_and_their_noise_limits():
 
 
 def test_documents_are_a_function_of_seed_and_index():
-    order = lambda document: [isinstance(document(i)[0], Picture) for i in range(50)]
+    order = lambda document: [isinstance(document(i)[0], ImageSegment) for i in range(50)]
     assert order(documents()) == order(documents()) != order(documents(seed=1))
 
 
@@ -448,7 +448,7 @@ def test_scenes_fill_at_least_97_percent(preset, n_patches, steps):
     rows = [row for _ in range(steps) for row in next(stream)]
     used = [sum(document_length(document, n_patches) for document in row) for row in rows]
     assert max(used) <= data.seq_len and np.mean(used) / data.seq_len >= 0.97
-    of_text = sum(document_length(document, n_patches) for row in rows for document in row if not any(isinstance(s, Picture) for s in document))
+    of_text = sum(document_length(document, n_patches) for row in rows for document in row if not any(isinstance(s, ImageSegment) for s in document))
     assert abs(of_text / sum(used) - data.text_fraction) < 0.03  # the long ones are packed first; what still waits is short
 
 
@@ -508,7 +508,7 @@ def test_rows_of_all_ranks_are_the_rows_of_one_process(ranks):
 
 def spell(rows):
     """Rows of documents as something comparable."""
-    return [[[("picture", s.load()[0, 0, 0], s.max_t) if isinstance(s, Picture) else tuple(s) for s in document] for document in row] for row in rows]
+    return [[[("picture", s.load()[0, 0, 0], s.max_t) if isinstance(s, ImageSegment) else tuple(s) for s in document] for document in row] for row in rows]
 
 
 def test_stream_goes_on_from_its_state():
@@ -525,7 +525,7 @@ def test_stream_goes_on_from_its_state():
 def test_stream_uses_every_document_once_and_none_waits_for_ever():
     stream = Stream(documents(), 64, rows=2, n_patches=16)
     rows = [row for _ in range(40) for row in next(stream)]
-    seen = [s.load()[0, 0, 0] for row in rows for document in row for s in document if isinstance(s, Picture)]
+    seen = [s.load()[0, 0, 0] for row in rows for document in row for s in document if isinstance(s, ImageSegment)]
     assert len(seen) == len(set(seen)) < 256  # the pictures' colours, which stand for their indices, have not begun again
     assert set(range(max(seen) - 4 * Stream.LOOK_AHEAD)) <= set(seen)
 
@@ -550,7 +550,7 @@ A, B, C = b"abc"
 
 
 def pic(max_t=1000):
-    return Picture(lambda: np.zeros((8, 8, 3), np.uint8), max_t)
+    return ImageSegment(lambda: np.zeros((8, 8, 3), np.uint8), max_t)
 
 
 @pytest.mark.parametrize("document, tokens, targets", [
@@ -572,7 +572,7 @@ def test_targets_written_out(document, tokens, targets):
     assert batch.positions[0, :n].tolist() == list(range(n))
     assert batch.doc_id[0].tolist() == [0] * n + [-1, -1]
     assert EOI not in batch.targets and PAD not in batch.targets and BOS not in batch.targets
-    assert batch.max_t.tolist() == [segment.max_t for segment in document if isinstance(segment, Picture)]
+    assert batch.max_t.tolist() == [segment.max_t for segment in document if isinstance(segment, ImageSegment)]
 
 
 def test_packed_batch_written_out():

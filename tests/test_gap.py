@@ -9,7 +9,7 @@ from conftest import tiny_model
 
 import train
 from attention_mask import transfusion_mask
-from data import DataConfig, PairDocuments, Picture, Tokenizer, collate
+from data import DataConfig, ImageSegment, PairDocuments, Tokenizer, collate
 from diffusion import DDPM
 from extras import gap
 from extras.scenes import Scenes
@@ -22,7 +22,7 @@ def documents(n=24, seed=0):
     """Documents in both orders, some without a caption, four in a row."""
     recipe = PairDocuments(Scenes(), T, DataConfig(caption_first=0.5, drop_caption=0.2), seed=seed)
     blank = np.zeros((SIDE, SIDE, 3), np.uint8)
-    made = [[Picture(lambda: blank, part.max_t) if isinstance(part, Picture) else part for part in recipe(i)] for i in range(n)]
+    made = [[ImageSegment(lambda: blank, part.max_t) if isinstance(part, ImageSegment) else part for part in recipe(i)] for i in range(n)]
     return [made[i : i + 4] for i in range(0, n, 4)]
 
 
@@ -54,9 +54,9 @@ def test_it_is_the_loss_with_other_captions_minus_the_right_one():
         with torch.no_grad():
             return losses(collate([[document]], T, 700, P), x_0[[image]], t[[at]], eps[[at]])
 
-    texts = [next(part for part in d if not isinstance(part, Picture)) for d in flat]
-    after = [n for n, d in enumerate(flat) if not isinstance(d[0], Picture) and d[0]]
-    before = [n for n, d in enumerate(flat) if isinstance(d[0], Picture) and d[1]]
+    texts = [next(part for part in d if not isinstance(part, ImageSegment)) for d in flat]
+    after = [n for n, d in enumerate(flat) if not isinstance(d[0], ImageSegment) and d[0]]
+    before = [n for n, d in enumerate(flat) if isinstance(d[0], ImageSegment) and d[1]]
     assert len(after) > 3 and len(before) > 3 and len(after) + len(before) < len(flat)
     right = torch.stack([alone(flat[n], n, n)[1][0] for n in after])
     wrong = torch.stack([alone(flat[after[k + 1 - len(after)]], n, n)[1][0] for k, n in enumerate(after)])

@@ -530,7 +530,7 @@ def test_an_instruction_after_a_picture(checkpoint, tmp_path, monkeypatch):
     assert files == ["000.png", "page.html"] and (tmp_path / "out/page.html").read_text().count("<img") == 2
     assert "image x.png" in Image.open(tmp_path / "out/000.png").info["settings"]
     (prompt,) = seen[0][0]
-    assert [type(part).__name__ for part in prompt] == ["Picture", "list", "list"] and prompt[1:] == [original(T, "make it blue"), [T.boi]]
+    assert [type(part).__name__ for part in prompt] == ["ImageSegment", "list", "list"] and prompt[1:] == [original(T, "make it blue"), [T.boi]]
 
 
 def test_left_alone_it_shows_something(checkpoint, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from conftest import TINY, divide, flags, run_here, tiny_model, tiny_trained
 from PIL import Image
 
-from data import NO_LOSS, DataConfig, Picture, Tokenizer, collate
+from data import NO_LOSS, DataConfig, ImageSegment, Tokenizer, collate
 from evaluate import evaluate
 from extras import Choices, open_pairs
 from extras.judge import judge
@@ -193,7 +193,7 @@ def test_a_story_written_out():
     for i in range(n):
         document = make(i)
         (scenes, instructions), limits = make.pairs.example(i), [part.max_t for part in document[1::2]]
-        assert [type(part) for part in document] == [list, Picture] * 3
+        assert [type(part) for part in document] == [list, ImageSegment] * 3
         assert [T.decode(part) for part in document[::2]] in ([scenes[0].caption, *instructions], ["", *instructions])
         assert limits in ([1000, 1000, 1000], [0, 1000, 1000], [0, 0, 1000])
         picked[limits.count(0)] += 1
