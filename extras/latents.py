@@ -17,11 +17,11 @@ class Latents:
     """What write_latents wrote of a Table; latents(row): float16 (2 C, h, w), mean and log-variance."""
 
     def __init__(self, folder, table, image_size):
-        self.folder, where = Path(folder), f"--latents {folder}"
+        where, self.files = f"--latents {folder}", sorted(Path(folder).glob("*.npy"))
         try:
-            self.index = read_json(self.folder / "index.json")
-            self.shards = [np.load(file, mmap_mode="r") for file in sorted(self.folder.glob("*.npy"))]
-            data, side = self.index["data"], self.index["image_size"]
+            index = read_json(Path(folder) / "index.json")
+            self.shards = [np.load(file, mmap_mode="r") for file in self.files]
+            data, side, self.shard = index["data"], index["image_size"], index["shard"]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{where}: cannot be read ({error}); write them with vae.py --encode") from None
         if (data, side) != (table.fingerprint, image_size):
@@ -32,10 +32,11 @@ class Latents:
             raise ValueError(f"{where}: {missing}; start vae.py --encode again, it goes on")
 
     def __call__(self, row):
-        shard, place = divmod(row, self.index["shard"])
-        latents = np.array(self.shards[shard][place])
-        if np.isnan(latents[0, 0, 0]):
-            raise ValueError(f"picture {row} of {self.folder}: could not be read when it was to be encoded")
+        number, place = divmod(row, self.shard)
+        latents = np.array(self.shards[number][place])
+        if not np.isfinite(latents).all():
+            unread = "its latents are no numbers, as of a picture that could not be read when it was encoded"
+            raise ValueError(f"picture {row} in {self.files[number]}: {unread}")
         return latents
 
 

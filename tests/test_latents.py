@@ -63,6 +63,20 @@ def test_encoding_goes_on_where_it_was_stopped(pictures, trained_vae, tmp_path):
     torch.testing.assert_close(torch.from_numpy(after[1][4]).float(), torch.cat([mean, log_var], 1)[0], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_latents_that_are_no_numbers_are_refused_by_their_file(value, pictures, trained_vae, tmp_path):
+    """When they are read, as broken pictures are: one that could not be read, or one that the VAE made nothing of."""
+    write_latents(load_vae(trained_vae), [Pairs(pictures, 32)], tmp_path, shard=16)
+    latents = np.load(tmp_path / "0/00001.npy")
+    latents[4, 3, 2, 1] = value
+    np.save(tmp_path / "0/00001.npy", latents)
+    source = Pairs(pictures, 32, latents=str(tmp_path / "0"))
+    for row, file in ((20, "00001.npy"), (7, "00000.npy")):
+        with pytest.raises(ValueError, match=f"picture {row} in .*/0/{file}: its latents are no numbers"):
+            source._load(row)
+    assert source._load(19).shape == latents[3].shape
+
+
 def test_latents_that_do_not_fit(pictures, trained_vae, tmp_path):
     write_latents(load_vae(trained_vae), [Pairs(pictures, 32)], tmp_path / "latents")
     rescaled = load_vae(trained_vae)
