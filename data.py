@@ -3,10 +3,10 @@
     Tokenizer      bytes, then <BOS>, <EOS>, <BOI>, <EOI> and padding
     ImageSegment   an image inside a document; the other segments of a document are lists of tokens
     Batch          one training batch, laid out by `collate`; every other file uses its field names
-    PairDocuments  <BOS> caption <BOI> patches <EOI> <EOS>, or <BOS> <BOI> patches <EOI> caption <EOS>
+    PairDocuments  [caption, image] or [image, caption]; `collate` adds <BOS>, <BOI>, <EOI>, and <EOS> as target
     Stream         documents packed into rows of a fixed length
 
-Everything is a function of (seed, index). The processes that load images ahead are in extras/loader.py.
+Every document is a function of (seed, number). The processes that load images ahead are in extras/loader.py.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ class DataConfig:
     """How documents are made of pairs, and rows of documents."""
 
     image_size: int = 256  # pixels a side
-    seq_len: int = 4096  # tokens a row; documents are packed into it
+    seq_len: int = 4096  # positions (tokens and patches) a row; documents are packed into it
     caption_first: float = 0.8  # share of pairs whose caption precedes the image (section 4.1)
     drop_caption: float = 0.1  # share of those without the caption: guidance's unconditional branch
     image_first_max_t: int = 1000  # noise limit where the image comes first; 500 in an ablation (4.3)
-    text_fraction: float = 0.5  # share of all positions in documents of text alone (section 4.1)
+    text_fraction: float = 0.5  # share of all positions that lie in text-only documents (section 4.1)
     max_broken: float = 0.05  # training stops if more than this share of the data cannot be used
     workers: int = 4  # processes that decode images, for each rank; 0 = the training process itself
 
@@ -91,7 +91,8 @@ class Cut(list):
 
 def document_length(document, n_patches):
     """Positions that a document takes: <BOS>, its tokens, and <BOI> patches <EOI> for each image."""
-    return 1 + sum(n_patches + 2 if isinstance(part, ImageSegment) else len(part) for part in document)
+    lengths = [n_patches + 2 if isinstance(segment, ImageSegment) else len(segment) for segment in document]
+    return 1 + sum(lengths)
 
 
 @dataclass
@@ -131,25 +132,26 @@ def collate(rows, tokenizer, seq_len, n_patches):
     for b, row in enumerate(rows):
         start = 0
         for d, document in enumerate(row):
-            ids, owner = [tokenizer.bos], [TEXT]
-            for part in document:
-                if isinstance(part, ImageSegment):
+            ids, image_of = [tokenizer.bos], [TEXT]
+            for segment in document:
+                if isinstance(segment, ImageSegment):
                     ids += [tokenizer.boi] + [tokenizer.pad] * n_patches + [tokenizer.eoi]
-                    owner += [TEXT] + [len(images)] * n_patches + [TEXT]
-                    images.append(part.load())
-                    max_t.append(part.max_t)
+                    image_of += [TEXT] + [len(images)] * n_patches + [TEXT]
+                    images.append(segment.load())
+                    max_t.append(segment.max_t)
                 else:
-                    ids += part
-                    owner += [TEXT] * len(part)
-            here = slice(start, start + len(ids))
+                    ids += segment
+                    image_of += [TEXT] * len(segment)
+            span = slice(start, start + len(ids))
             start += len(ids)
-            ids, owner = np.array(ids), np.array(owner)
-            end = NO_LOSS if document and isinstance(document[-1], Cut) else tokenizer.eos
-            has_loss = (ids != tokenizer.boi) & (owner == TEXT)
-            tokens[b, here], image_id[b, here], doc_id[b, here] = ids, owner, d
-            targets[b, here] = np.where(has_loss, np.append(ids[1:], end), NO_LOSS)
-            positions[b, here] = np.arange(len(ids))
+            ids, image_of = np.array(ids), np.array(image_of)
+            last_target = NO_LOSS if document and isinstance(document[-1], Cut) else tokenizer.eos
+            has_loss = (ids != tokenizer.boi) & (image_of == TEXT)
+            tokens[b, span], image_id[b, span], doc_id[b, span] = ids, image_of, d
+            targets[b, span] = np.where(has_loss, np.append(ids[1:], last_target), NO_LOSS)
+            positions[b, span] = np.arange(len(ids))
     images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+    # uint8 pixels, or moments that were encoded ahead.
     images = to_pixels(images) if images.dtype == np.uint8 else torch.from_numpy(images).float()
     text = map(torch.from_numpy, (tokens, targets, image_id, doc_id, positions))
     return Batch(*text, images, torch.tensor(max_t, dtype=torch.long))
@@ -161,8 +163,7 @@ def collate(rows, tokenizer, seq_len, n_patches):
 class PairDocuments:
     """Captioned images as documents, in the paper's two orders (section 4.1): number -> list of segments.
 
-    pairs: a source; `pairs.pair(i)` -> (caption, load), `pairs.name(i)` for messages, `len(pairs)` if it
-    ends. Its siblings in extras/ have `__call__`, `name` and `n_pairs`, too.
+    pairs: a source; `pairs.pair(i)` -> (caption, load), `pairs.name(i)` for messages, `len(pairs)` if it ends.
     """
 
     def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0):
@@ -171,13 +172,13 @@ class PairDocuments:
         self.n_pairs = len(pairs) if hasattr(pairs, "__len__") else None  # None: without end
 
     def __call__(self, number, attempt=0):
-        """Document `number`; after an attempt whose image was broken, another pair's in the same order."""
+        """Document `number`. attempt: 1, 2, ... take another pair, in the same order, where an image was broken."""
         caption, load = self.pairs.pair(number + attempt)
         ids = self.tokenizer.encode(caption)
-        order, drop = np.random.default_rng([self.seed, 7, number]).random(2)
-        if order >= self.config.caption_first:
+        u_order, u_drop = np.random.default_rng([self.seed, 7, number]).random(2)  # 7: this purpose's stream
+        if u_order >= self.config.caption_first:
             return [ImageSegment(load, min(self.config.image_first_max_t, self.timesteps)), ids]
-        return [[] if drop < self.config.drop_caption else ids, ImageSegment(load, self.timesteps)]
+        return [[] if u_drop < self.config.drop_caption else ids, ImageSegment(load, self.timesteps)]
 
     def name(self, number):
         """What messages call it."""
@@ -188,44 +189,45 @@ class PairDocuments:
 
 
 class Stream:
-    """Documents packed into rows of seq_len positions, `rows` rows a step.
+    """Documents packed into rows of seq_len positions, R = `rows_per_step` of them.
 
-    Row r takes only documents r, r + rows, r + 2 rows, ... So any division of the rows among processes gives
-    the same rows. A row takes its oldest waiting document, then the longest waiting ones that still fit.
-    Packing looks at lengths only; `collate` loads the images.
-    state: {row: [next document, waiting documents]} of my rows. The states of all processes, merged, can be
-    loaded by any number of processes.
+    documents: makes them, as PairDocuments does. Row r takes only documents r, r + R, r + 2 R, ... So any
+    division of the rows among processes gives the same rows. A row takes its oldest waiting document, then
+    the longest waiting ones that still fit. Packing looks at lengths only; `collate` loads the images.
+    state: {row: [number of the next document, numbers of the waiting ones]} of this process's rows. The
+    states of all processes, merged, can be loaded by any number of processes.
     skipped: counts the documents longer than a row (extras/sources.py); without it they raise ValueError.
     """
 
     LOOK_AHEAD = 16  # documents that wait for each row
 
-    def __init__(self, document, seq_len, rows, n_patches, mine=None, skipped=None):
-        self.document, self.seq_len, self.rows, self.n_patches = document, seq_len, rows, n_patches
-        self.made = lru_cache(maxsize=1024)(document)  # asked for first for its length, then for itself
-        self.length = lru_cache(maxsize=1024)(lambda i: document_length(self.made(i), n_patches))
-        self.mine = list(range(rows) if mine is None else mine)
-        self.state = {r: [r, []] for r in self.mine}
+    def __init__(self, documents, seq_len, rows_per_step, n_patches, my_rows=None, skipped=None):
+        self.documents, self.seq_len, self.n_patches = documents, seq_len, n_patches
+        self.rows_per_step = rows_per_step
+        self.my_rows = list(range(rows_per_step) if my_rows is None else my_rows)
+        self.document = lru_cache(maxsize=1024)(documents)  # asked for its length first, then for itself
+        self.length = lru_cache(maxsize=1024)(lambda i: document_length(self.document(i), n_patches))
+        self.state = {r: [r, []] for r in self.my_rows}
         self.skipped = skipped
 
     def load_state(self, state):
         """Go on from a state, of my rows and perhaps others. Raises ValueError if my rows are not in it."""
-        if not set(self.mine) <= set(state):
-            saved = f"the stream was saved with {len(state)} rows a step and now has {self.rows}"
+        if not set(self.my_rows) <= set(state):
+            saved = f"the stream was saved with {len(state)} rows a step and now has {self.rows_per_step}"
             raise ValueError(f"{saved}; give the --rows that it was started with")
-        self.state = {r: state[r] for r in self.mine}
+        self.state = {r: state[r] for r in self.my_rows}
 
     def _fits(self, i):
         """Is document i short enough for a row?"""
         length = self.length(i)
         if self.skipped:
-            self.skipped.count_document(self.document, i, length, self.seq_len)
+            self.skipped.count_document(self.documents, i, length, self.seq_len)
         elif length > self.seq_len:
-            taken = f"{self.document.name(i)} takes {length} positions"
+            taken = f"{self.documents.name(i)} takes {length} positions"
             raise ValueError(f"{taken} and seq_len is {self.seq_len}; raise --seq_len or shorten its caption")
         return length <= self.seq_len
 
-    def numbers(self, r):
+    def pack_row(self, r):
         """Pack the next row r: the numbers of its documents, in order."""
         ahead, waiting = self.state[r]
         waiting = list(waiting)  # states that were handed out stay as they are
@@ -234,7 +236,7 @@ class Stream:
             while len(waiting) < self.LOOK_AHEAD:
                 if self._fits(ahead):
                     waiting.append(ahead)
-                ahead += self.rows
+                ahead += self.rows_per_step
             fitting = [i for i in waiting if self.length(i) <= free]
             if not fitting:
                 self.state[r] = [ahead, waiting]
@@ -245,8 +247,8 @@ class Stream:
             free -= self.length(i)
 
     def __next__(self):
-        """My rows of the next step: a list of lists of documents."""
-        return [[self.made(i) for i in self.numbers(r)] for r in self.mine]
+        """This process's rows of the next step: a list of lists of documents."""
+        return [[self.document(i) for i in self.pack_row(r)] for r in self.my_rows]
 
 
 if __name__ == "__main__":
@@ -256,7 +258,7 @@ if __name__ == "__main__":
     scenes, config = Scenes(), DataConfig(image_size=32, seq_len=128)
     tokenizer = BPETokenizer.learn([scenes.pair(i)[0] for i in range(2000)], 512)
     documents = PairDocuments(scenes, tokenizer, config)
-    rows = next(Stream(documents, config.seq_len, rows=8, n_patches=16))
+    rows = next(Stream(documents, config.seq_len, rows_per_step=8, n_patches=16))
     batch = collate(rows, tokenizer, config.seq_len, n_patches=16)
     print(f"vocabulary {tokenizer.vocab_size}; one batch: {len(batch.images)} images")
     names = {tokenizer.bos: "<BOS>", tokenizer.boi: "<BOI>", tokenizer.eoi: "<EOI>", tokenizer.pad: "#"}

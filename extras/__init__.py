@@ -152,8 +152,8 @@ def open_loader(run, split, workers):
     documents = open_documents(config, run.tokenizer, n_patches, split)
     seq_len, max_broken = config.data.seq_len, config.data.max_broken
     too_long = sources.Skipped(f"documents (with --seq_len {seq_len})", max_broken)
-    mine = range(run.rank, config.rows, run.ranks)
-    stream = Stream(documents, seq_len, config.rows, n_patches, mine, too_long)
+    my_rows = range(run.rank, config.rows, run.ranks)
+    stream = Stream(documents, seq_len, config.rows, n_patches, my_rows, too_long)
     return Loader(stream, run.tokenizer, workers, config.micro_rows, sources.Skipped("pictures", max_broken))
 
 

@@ -42,7 +42,7 @@ def known(config, pairs, text=None):
 
 def known_of(run):
     """The same of a run's data."""
-    documents = run.loader.stream.document
+    documents = run.loader.stream.documents
     return known(run.config, documents.pairs, getattr(documents, "text", None))
 
 

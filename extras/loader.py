@@ -29,11 +29,11 @@ class Loader:
 
     def __init__(self, stream, tokenizer, workers=0, batch_rows=None, skipped=None):
         self.stream, self.skipped = stream, skipped
-        n = batch_rows or len(stream.mine)
-        self.rows = [stream.mine[i : i + n] for i in range(0, len(stream.mine), n)]  # of each batch of a step
+        n = batch_rows or len(stream.my_rows)
+        self.rows = [stream.my_rows[i : i + n] for i in range(0, len(stream.my_rows), n)]  # of each batch
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(workers, cores or 1)
-        make = stream.document if workers else stream.made
+        make = stream.documents if workers else stream.document
         self._batches, self._states = None, deque()  # the states after the batches that are on their way
         self._loader = DataLoader(
             BatchDataset(make, tokenizer, stream.seq_len, stream.n_patches, skipped is None),
@@ -72,7 +72,7 @@ class Loader:
 def pack(stream, rows, states):
     """Yield each batch's document numbers, row by row, for ever; append the stream's state to `states`."""
     for some in itertools.cycle(rows):
-        documents = [stream.numbers(r) for r in some]
+        documents = [stream.pack_row(r) for r in some]
         states.append(dict(stream.state))
         yield documents
 

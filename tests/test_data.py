@@ -444,7 +444,7 @@ def source(preset, n_patches):
 @pytest.mark.parametrize("preset, n_patches, steps", [("0.16b", 256, 12), ("small", 4, 40), ("relations", 4, 40)])
 def test_scenes_fill_at_least_97_percent(preset, n_patches, steps):
     documents, data, _ = source(preset, n_patches)
-    stream = Stream(documents, data.seq_len, rows=8, n_patches=n_patches)
+    stream = Stream(documents, data.seq_len, rows_per_step=8, n_patches=n_patches)
     rows = [row for _ in range(steps) for row in next(stream)]
     used = [sum(document_length(document, n_patches) for document in row) for row in rows]
     assert max(used) <= data.seq_len and np.mean(used) / data.seq_len >= 0.97
@@ -476,11 +476,11 @@ def test_text_alone_is_cut_and_an_image_never_is():
     text = open_text(config, BYTES)
     assert isinstance(text, SceneText)
     documents = WithText(PairDocuments(Alphabet(), BYTES, config.data), text, config.data.text_fraction, 16)
-    stream = Stream(documents, 30, rows=4, n_patches=16, skipped=Skipped("documents", config.data.max_broken))
+    stream = Stream(documents, 30, rows_per_step=4, n_patches=16, skipped=Skipped("documents", config.data.max_broken))
     with pytest.raises(ValueError, match="letters .* takes"):  # captions of up to 26 letters and 19 more positions: dropped, and soon too many
         for _ in range(100):
             next(stream)
-    rows = [row for _ in range(100) for row in next(Stream(documents, 30, rows=4, n_patches=16, skipped=Skipped("documents", 1.0)))]
+    rows = [row for _ in range(100) for row in next(Stream(documents, 30, rows_per_step=4, n_patches=16, skipped=Skipped("documents", 1.0)))]
     for row in rows:
         batch = collate([row], BYTES, 30, 16)
         assert (batch.image_id >= 0).sum() == 16 * len(batch.images)
@@ -490,15 +490,15 @@ def test_text_alone_is_cut_and_an_image_never_is():
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_rows_of_all_ranks_are_the_rows_of_one_process(ranks):
     """And so are they when the union of their states goes on with another number of ranks."""
-    whole = Stream(documents(), 64, rows=7, n_patches=16)
+    whole = Stream(documents(), 64, rows_per_step=7, n_patches=16)
     expected = [spell(next(whole)) for _ in range(6)]
     state, found = {}, []
     for ranks_now, steps in ((ranks, 4), (8 - ranks, 2)):
-        streams = [Stream(documents(), 64, 7, 16, mine=range(k, 7, ranks_now)) for k in range(ranks_now)]
+        streams = [Stream(documents(), 64, 7, 16, my_rows=range(k, 7, ranks_now)) for k in range(ranks_now)]
         for stream in streams if state else []:
             stream.load_state(state)
         for _ in range(steps):
-            rows = {r: row for stream in streams for r, row in zip(stream.mine, next(stream), strict=True)}
+            rows = {r: row for stream in streams for r, row in zip(stream.my_rows, next(stream), strict=True)}
             found.append(spell([rows[r] for r in range(7)]))
         state = {r: value for stream in streams for r, value in stream.state.items()}
     assert found == expected and sorted(state) == list(range(7))
@@ -512,18 +512,18 @@ def spell(rows):
 
 
 def test_stream_goes_on_from_its_state():
-    stream = Stream(documents(), 64, rows=2, n_patches=16)
+    stream = Stream(documents(), 64, rows_per_step=2, n_patches=16)
     for _ in range(7):
         next(stream)
     state = copy.deepcopy(stream.state)
     expected = [spell(next(stream)) for _ in range(10)]
-    again = Stream(documents(), 64, rows=2, n_patches=16)
+    again = Stream(documents(), 64, rows_per_step=2, n_patches=16)
     again.load_state(state)
     assert [spell(next(again)) for _ in range(10)] == expected
 
 
 def test_stream_uses_every_document_once_and_none_waits_for_ever():
-    stream = Stream(documents(), 64, rows=2, n_patches=16)
+    stream = Stream(documents(), 64, rows_per_step=2, n_patches=16)
     rows = [row for _ in range(40) for row in next(stream)]
     seen = [s.load()[0, 0, 0] for row in rows for document in row for s in document if isinstance(s, ImageSegment)]
     assert len(seen) == len(set(seen)) < 256  # the pictures' colours, which stand for their indices, have not begun again
@@ -532,11 +532,11 @@ def test_stream_uses_every_document_once_and_none_waits_for_ever():
 
 def test_document_longer_than_a_row_is_left_out_and_named_until_they_are_many(capsys):
     with pytest.raises(ValueError, match="documents .* had to be left out.*letters .* takes .* positions and seq_len is 20"):
-        next(Stream(documents(), 20, rows=1, n_patches=16, skipped=Skipped("documents (with --seq_len 20)", 0.05)))
+        next(Stream(documents(), 20, rows_per_step=1, n_patches=16, skipped=Skipped("documents (with --seq_len 20)", 0.05)))
     with pytest.raises(ValueError, match="letters .* takes .* positions and seq_len is 20"):  # none may be left out
-        next(Stream(documents(), 20, rows=1, n_patches=16))
+        next(Stream(documents(), 20, rows_per_step=1, n_patches=16))
     capsys.readouterr()
-    stream = Stream(documents(), 44, rows=1, n_patches=16, skipped=Skipped("documents", 0.05))  # 26 letters and 19 positions are one too many
+    stream = Stream(documents(), 44, rows_per_step=1, n_patches=16, skipped=Skipped("documents", 0.05))  # 26 letters and 19 positions are one too many
     rows = [next(stream)[0] for _ in range(60)]
     assert stream.skipped.skipped > 0 and all(document_length(document, 16) < 45 for row in rows for document in row)
     assert "takes 45 positions and seq_len is 44" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -319,7 +320,7 @@ def test_about_a_tenth_is_held_out_whatever_the_names_are(name, tmp_path):
 
 def test_pairs_of_a_folder_stay_together_if_asked(tmp_path):
     write_tar(tmp_path / "a.tar", [(f"{n % 25}/{n}{suffix}", content) for n in range(500) for suffix, content in ((".png", b"..."), (".txt", b"x"))])
-    train, held_out = (Pairs(tmp_path / "a.tar", 8, split, by="folder") for split in ("train", "held_out"))
+    train, held_out = (Pairs(tmp_path / "a.tar", 8, split, by_folder=True) for split in ("train", "held_out"))
     groups = [{source.name(i).split(": ")[1].split("/")[0] for i in range(len(source))} for source in (train, held_out)]
     assert not groups[0] & groups[1] and 0.03 < len(held_out) / 500 < 0.2
 
@@ -476,10 +477,24 @@ def test_a_path_may_look_like_a_list(shards, tmp_path):
     assert isinstance(open_pairs(configured(data=str(odd))), Pairs)
 
 
-@pytest.mark.parametrize("item", ["{}:0", "{}:1.2.3", "{},", ":3"])
-def test_wrong_weights_are_refused(item, shards):
-    with pytest.raises(ValueError, match="--data"):
-        open_pairs(configured(data=item.format(shards)))
+@pytest.mark.parametrize("names", [["a,b", "c"], ["a,b", "c,"], ["a,b:3", "a,b"]])
+@pytest.mark.parametrize("weights", [["", ""], ["", ":2"], [":2", ""], [":3", ":2"]])
+def test_commas_in_paths_go_together_with_weights(names, weights, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        shutil.copytree(shards, tmp_path / name)
+    source = open_pairs(configured(data=",".join(map(str.__add__, names, weights))))
+    assert [str(one.options[0]) for one in source.sources] == names
+    assert source.weights == [float(weight[1:] or 1) for weight in weights]
+
+
+@pytest.mark.parametrize("option", ["data", "text"])
+@pytest.mark.parametrize("item", ["{}:0", "{}:1.2.3", "{},", ",{}", ":3", "{}:-1"])
+def test_wrong_weights_are_refused(item, option, shards):
+    (shards / "a.txt").write_text("some words " * 99)
+    with pytest.raises(ValueError, match=f"--{option}"):
+        config = configured(**{option: item.format(shards)})
+        open_pairs(config) if option == "data" else TextFiles(config, BYTES)
 
 
 # ---- Pictures -------------------------------------------------------------------------------------------------------
@@ -744,7 +759,7 @@ def test_everything_a_worker_needs_can_be_sent_to_it(shards, tmp_path):
     (tmp_path / "t.txt").write_text("some text and more of it\n" * 200)
     coco = write_coco(tmp_path / "c.json", tmp_path / "images")
     for batches in (loader(f"{shards},{coco}", text=str(tmp_path / "t.txt"), text_fraction=0.5), loader("")):
-        dataset = BatchDataset(batches.stream.document, BYTES, 96, 16, strict=False)
+        dataset = BatchDataset(batches.stream.documents, BYTES, 96, 16, strict=False)
         sent = pickle.dumps(dataset)
         assert len(sent) < 20_000  # paths, not tables
         numbers = [[0, 1], [2, 3, 4]]
