@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import asdict
 
-from extras import gap
+from extras import gap, reference
 from extras.costs import peak_flops
 from extras.machine import import_wandb, machine, say
 from extras.parallel import first
@@ -19,6 +19,7 @@ class Log:
 
     def __init__(self, run, state):
         config, self.rank, self.file, self.wandb = run.config, run.rank, None, None
+        self.config = config
         self.tokens = config.rows * config.data.seq_len  # positions of a step
         self.peak = (machine(config, run.device)[0] and peak_flops(run.device) or 0) * run.ranks
         self.steps, self.seconds, self.flops = 0, 0.0, 0.0  # since the last line
@@ -66,7 +67,7 @@ class Log:
         quarters = " ".join(texts[name] for name in texts if name.startswith("ddpm_q"))
         means = [f"{name} {text}" for name, text in texts.items() if "_q" not in name and "gap" not in name]
         means += [f"by t {quarters}"] if quarters else []
-        for part in filter(None, (means, gap.said(found))):
+        for part in filter(None, (means, gap.said(found), reference.verdict(self.config, step, found))):
             say(self, "held out: " + "  ".join(part))
 
     def write(self, step, values):
