@@ -4,7 +4,8 @@
     loss     (eq. 3)   || eps - eps_theta(x_t, t, c) ||^2
 
 Time runs as in the paper: t = 1..T is noisy, t = 0 is the clean image (abar_0 = 1). An image that only
-conditions what follows is shown at t = 0. Nothing here knows the network.
+conditions what follows is shown at t = 0. Nothing here knows the network. (alpha_t is not Ho's 1 - beta_t.
+The products of those are abar, which is called `alphas_cumprod` in the code.)
 
 Exports `DDPM`, which holds the schedule and does the arithmetic that involves it; `DiffusionConfig` and
 `SamplingConfig`; SAMPLERS, the ways back from noise; `guide`, classifier-free guidance.
@@ -55,7 +56,7 @@ def needs_noise(sampler, eta=0.0):
     return sampler == "ddpm" or (sampler == "ddim" and eta > 0)
 
 
-def scale(factor, x):
+def times(factor, x):
     """x (N, ...) times one float64 factor, or one for each of the N, in the precision of x."""
     return factor.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1)) * x
 
@@ -75,7 +76,7 @@ class DDPM(nn.Module):
         self.register_buffer("alpha", self.alphas_cumprod.sqrt().float(), persistent=False)  # (T + 1,)
         self.register_buffer("sigma", (1 - self.alphas_cumprod).sqrt().float(), persistent=False)  # (T + 1,)
 
-    def _at(self, t, like):
+    def alpha_sigma(self, t, like):
         """alpha_t and sigma_t, shaped to multiply `like`: t (N,) or int -> two of (N, 1, 1, ...)."""
         t = torch.as_tensor(t, device=like.device).expand(like.shape[0])
         shape = (-1,) + (1,) * (like.ndim - 1)
@@ -86,7 +87,7 @@ class DDPM(nn.Module):
     def draw_timesteps(self, max_t, generator=None, t_draw=None):
         """One t for each image: max_t (N,) int64 -> t (N,), in 1..max_t; 0 (clean) where max_t is 0.
 
-        t_draw: overrides the configuration's; validation draws uniformly whatever training does.
+        t_draw: the distribution, instead of the configuration's; validation always draws uniformly.
         """
         if (t_draw or self.config.t_draw) == "uniform":
             u = torch.rand(max_t.shape, generator=generator, device=max_t.device)
@@ -97,7 +98,7 @@ class DDPM(nn.Module):
 
     def q_sample(self, x_0, t, eps):
         """Noise clean latents to step t (eq. 2): x_0 (N, ...), t (N,), eps like x_0 -> x_t."""
-        alpha, sigma = self._at(t, x_0)
+        alpha, sigma = self.alpha_sigma(t, x_0)
         return alpha * x_0 + sigma * eps
 
     def loss(self, prediction, x_0, t, eps):
@@ -107,7 +108,7 @@ class DDPM(nn.Module):
         """
         target = eps
         if self.config.prediction == "v":
-            alpha, sigma = self._at(t, x_0)
+            alpha, sigma = self.alpha_sigma(t, x_0)
             target = alpha * eps - sigma * x_0
         return (prediction.float() - target).square().flatten(1).mean(1)
 
@@ -115,7 +116,7 @@ class DDPM(nn.Module):
 
     def eps_and_x_0(self, prediction, x_t, t):
         """The network's output -> (estimate of the noise, estimate of the clean latents)."""
-        alpha, sigma = self._at(t, x_t)
+        alpha, sigma = self.alpha_sigma(t, x_t)
         if self.config.prediction == "eps":
             return prediction, (x_t - sigma * prediction) / alpha
         return alpha * prediction + sigma * x_t, alpha * x_t - sigma * prediction
@@ -135,7 +136,7 @@ class DDPM(nn.Module):
         return torch.linspace(first, 0, steps + 1, dtype=torch.float64).round().long().tolist()
 
     def between(self, t, s):
-        """alpha_t, sigma_t, alpha_s, sigma_s and beta = 1 - abar_t / abar_s, in float64."""
+        """alpha_t, sigma_t, alpha_s, sigma_s and beta = 1 - abar_t / abar_s, in float64: differences cancel."""
         abar_t, abar_s = self.alphas_cumprod[t], self.alphas_cumprod[s]
         return abar_t.sqrt(), (1 - abar_t).sqrt(), abar_s.sqrt(), (1 - abar_s).sqrt(), 1 - abar_t / abar_s
 
@@ -146,35 +147,36 @@ class DDPM(nn.Module):
         """
         alpha_t, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
         of_x_0, of_x_t = alpha_s * beta / sigma_t**2, alpha_t / alpha_s * sigma_s**2 / sigma_t**2
-        mean = scale(of_x_0, x_0) + scale(of_x_t, x_t)
-        return mean + scale(sigma_s / sigma_t * beta.sqrt(), noise)
+        mean = times(of_x_0, x_0) + times(of_x_t, x_t)
+        return mean + times(sigma_s / sigma_t * beta.sqrt(), noise)
 
     def ddim_step(self, eps, x_0, t, s, noise, eta):
         """One DDIM step (Song et al. 2021, eq. 12 and 16). eta: 0 = no noise (None); 1 = ancestral."""
         _, sigma_t, alpha_s, sigma_s, beta = self.between(t, s)
         spread = eta * sigma_s / sigma_t * beta.sqrt()
-        x_s = scale(alpha_s, x_0) + scale((sigma_s**2 - spread**2).sqrt(), eps)
-        return x_s if noise is None else x_s + scale(spread, noise)
+        x_s = times(alpha_s, x_0) + times((sigma_s**2 - spread**2).sqrt(), eps)
+        return x_s if noise is None else x_s + times(spread, noise)
 
     def dpm_step(self, x_0, x_t, t, s, t_before, x_0_before):
         """One step of DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2).
 
-        x_0 is extrapolated from this step's estimate and the one before, at t_before > t. It is not where
-        there was none before (t_before is 0), nor in the last step.
+        x_0 is extrapolated from this step's estimate and the one before, at t_before > t. The first step
+        (t_before = 0) and the last use their own estimate.
         """
         alpha_t, sigma_t, alpha_s, sigma_s, _ = self.between(t, s)
-        second = (torch.as_tensor(t_before) > 0) & (torch.as_tensor(s) > 0)
-        if second.any():
+        second_order = (torch.as_tensor(t_before) > 0) & (torch.as_tensor(s) > 0)
+        if second_order.any():
+            # Twice their lambda; h / h_before is the same.
             log_snr = self.alphas_cumprod.log() - (1 - self.alphas_cumprod).clamp(min=1e-300).log()
             h, h_before = log_snr[s] - log_snr[t], log_snr[t] - log_snr[t_before]
-            x_0 = x_0 + scale(torch.where(second, h / (2 * h_before), 0.0), x_0 - x_0_before)
-        return scale(sigma_s / sigma_t, x_t) + scale(alpha_s - alpha_t * sigma_s / sigma_t, x_0)
+            x_0 = x_0 + times(torch.where(second_order, h / (2 * h_before), 0.0), x_0 - x_0_before)
+        return times(sigma_s / sigma_t, x_t) + times(alpha_s - alpha_t * sigma_s / sigma_t, x_0)
 
     def step(self, sampler, prediction, x_t, t, s, noise=None, eta=0.0, t_before=0, x_0_before=None):
         """One step of one of SAMPLERS from t to s < t -> x_s and the estimate of x_0, both (N, ...).
 
-        noise: like x_t, for a sampler that `needs_noise`. t_before, x_0_before: the previous step's; 0 =
-        there was none.
+        noise: like x_t, for a sampler that `needs_noise`. t_before, x_0_before: the previous step's t and
+        estimate of x_0; 0 and None = there was none.
         """
         eps, x_0 = self.eps_and_x_0(prediction, x_t, t)
         if sampler == "ddpm":
@@ -186,14 +188,15 @@ class DDPM(nn.Module):
     def sample(self, predict, x_T, steps, sampler="ddpm", eta=0.0, noise=torch.randn_like):
         """Denoise x_T (N, ...) ~ N(0, 1) to x_0 in `steps` calls of `predict(x_t, t)`, t an int.
 
-        noise(x) draws what is added on the way. Raises ValueError on an unknown sampler.
+        noise(x): Gaussian noise like x, to be added on the way. Raises ValueError on an unknown sampler.
         """
         x, x_0, t_before = x_T, None, 0
         noisy = needs_noise(sampler, eta)
         visited = self.sampling_timesteps(steps)
         for t, s in zip(visited, visited[1:]):
             prediction = predict(x, t).float()
-            x, x_0 = self.step(sampler, prediction, x, t, s, noise(x) if noisy else None, eta, t_before, x_0)
+            added = noise(x) if noisy else None
+            x, x_0 = self.step(sampler, prediction, x, t, s, added, eta, t_before, x_0_before=x_0)
             t_before = t
         return x
 
