@@ -20,6 +20,7 @@ def refuse_idle(config, given):
         (not data.text_fraction, "text", "text_fraction is 0; give --text_fraction too"),
         (extra.data and not extra.text, "text_fraction", "--data has no text of its own; give --text too"),
         (extra.data, "grammar", "--data is given, so no scenes are drawn"),
+        (not extra.data, "by_folder", "scenes lie in no folders; give --data too"),
         (config.vae, VAE, "--vae is given, so none is trained"),
         (extra.tokenizer, "merges", "--tokenizer is given, so nothing is merged"),
         (config.init_from, SIZES, "the sizes are those of --init_from"),

@@ -17,7 +17,7 @@ from data import clean_text
 from extras.latents import Latents
 from extras.runs import opening
 from extras.sources import Mixture
-from extras.tables import Found, Table, files_below, listed, side, stamp
+from extras.tables import Found, Table, files_below, listed, side, stamp, weighted
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAPTIONS = (".txt", ".json")
@@ -335,25 +335,27 @@ class Pairs:
     img2dataset and WebDataset write them, with files named so. COCO's captions JSON, the images in a folder
     near it; each epoch takes another one of an image's captions.
 
-    A tenth, by a hash of the name (with by="folder": of the name's folder), is the "held_out" split; the
-    rest is "train", in a new order each epoch; "seen" is a part of it. What cannot be used is left out and
-    counted. ValueError if that is too much.
+    A tenth, by a hash of the name (by_folder: of the name's folder), is the "held_out" split; the rest is
+    "train", in a new order each epoch; "seen" is a part of it. What cannot be used is left out and counted.
+    ValueError if that is too much.
     """
 
     SPLITS = ("train", "seen", "held_out")
 
-    def __init__(self, path, image_size, split="train", seed=0, max_broken=0.05, cache="", latents="", by=""):
-        self.options = path, image_size, split, seed, max_broken, cache, latents, by
+    def __init__(
+        self, path, image_size, split="train", seed=0, max_broken=0.05, cache="", latents="", by_folder=False
+    ):
+        self.options = path, image_size, split, seed, max_broken, cache, latents, by_folder
         self.image_size, found = image_size, Found("pictures with captions")
         self.places, key, records = find(Path(path), found)
 
         def rows():
             for name, captions, *where in records:
                 content = "\0".join([name, *captions]).encode(errors="surrogateescape")
-                shared = os.path.dirname(name) if by else ""
+                shared = os.path.dirname(name) if by_folder else ""
                 yield content, *where, side(shared or os.path.splitext(name)[0])
 
-        self.table = Table(path, (key, by), rows(), found, split, seed, max_broken, cache)
+        self.table = Table(path, (key, by_folder), rows(), found, split, seed, max_broken, cache)
         self.fingerprint = self.table.fingerprint
         load = Latents(latents, self.table, image_size) if latents else self.read
         self._load = lru_cache(maxsize=2**26 // (3 * image_size**2))(load)  # at most 64 MB of pixels
@@ -403,13 +405,13 @@ class Pairs:
 def open_sources(config, split="train", seed=0):
     """The source of pairs that --data names, of one path or of several with weights."""
     data, extra, sources, weights = config.data, config.extra, [], []
-    for number, item in enumerate(listed(extra.data)):
-        weighted = None if Path(item).exists() else re.fullmatch(r"(.*):([0-9]*\.?[0-9]+)", item)
-        path, weight = weighted.groups() if weighted else (item, 1)
-        weights.append(float(weight))
-        if not path or not weights[-1]:
-            wanted = "paths with commas between them, each with a weight above 0 if any, as in a:2,b.tar"
-            raise ValueError(f"--data {extra.data}: wants {wanted}")
+    for number, item in enumerate(listed("data", extra.data)):
+        path, weight = weighted(item)
+        if not weight:
+            raise ValueError(f"--data {item}: its weight must be above 0, as in a:2,b.tar")
         latents = str(Path(extra.latents) / str(number)) if extra.latents else ""
-        sources.append(Pairs(path, data.image_size, split, seed, data.max_broken, extra.cache, latents))
+        more = dict(max_broken=data.max_broken, cache=extra.cache, latents=latents)
+        more |= dict(by_folder=getattr(extra, "by_folder", False))
+        sources.append(Pairs(path, data.image_size, split, seed, **more))
+        weights.append(weight)
     return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]

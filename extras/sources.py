@@ -4,7 +4,7 @@ A source of pairs has `pair(i)` -> (caption, load), `captions(i)`, `name(i)`, an
 source of text has `ids(i)`. Everything is a function of (seed, index).
 """
 
-import itertools
+import math
 import os
 import sys
 from functools import lru_cache, partialmethod
@@ -139,7 +139,7 @@ class Skipped:
 
     def __init__(self, what, max_broken):
         self.what, self.max_broken = what, max_broken
-        self.seen, self.named, self.too_long = 0, set(), set()
+        self.seen, self.named, self.too_long = 0, set(), {}
 
     @property
     def skipped(self):
@@ -152,8 +152,8 @@ class Skipped:
         if length <= seq_len:
             self.count(1)
         elif name not in self.too_long:
-            self.too_long.add(name)
-            advice = "raise --seq_len or shorten its caption"
+            self.too_long[name] = length
+            advice = f"give --seq_len {max(self.too_long.values())}, or shorten its caption"
             message = f"{name} takes {length} positions and seq_len is {seq_len}; {advice}"
             if len(self.too_long) == documents.n_pairs:
                 raise ValueError(f"all {documents.n_pairs} pairs of a split are too long: {message}")
@@ -175,13 +175,18 @@ def fitting(pairs, n, tokenizer, seq_len, n_patches):
 
     A longer one is not trained on, and cannot be drawn. Raises ValueError if there is none.
     """
-    numbers = range(len(pairs)) if hasattr(pairs, "__len__") else itertools.count()
-    room = seq_len - n_patches - 3  # without <BOS>, <BOI>, <EOI>
-    short = (i for i in numbers if len(tokenizer.encode(pairs.captions(i)[0])) <= room)
-    if found := list(itertools.islice(short, n)):
-        return found
-    taken = f"no caption is short enough for seq_len {seq_len}, of which a picture takes {n_patches + 2}"
-    raise ValueError(f"{taken}; raise --seq_len")
+    numbers = range(len(pairs) if hasattr(pairs, "__len__") else 10 * n + 1000)
+    found, shortest = [], math.inf
+    for i in numbers:
+        length = len(tokenizer.encode(pairs.captions(i)[0])) + n_patches + 3  # <BOS>, <BOI>, <EOI>
+        shortest = min(shortest, length)
+        found += [i] * (length <= seq_len)
+        if len(found) == n:
+            break
+    if not found:
+        needed = f"give --seq_len {shortest} or more"
+        raise ValueError(f"no caption with its image fits into seq_len {seq_len}; {needed}")
+    return found
 
 
 def readable(pairs, numbers, n, skipped):

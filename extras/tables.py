@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import stat
 import struct
@@ -39,9 +40,25 @@ class Found:
         return f"{self.good:,} {self.what}" + (f"; left out: {note}" if note else "")
 
 
-def listed(paths):
-    """The paths in an option's value, with commas between. One that is there as it stands is one path."""
-    return [paths] if Path(paths).exists() else paths.split(",")
+def weighted(item):
+    """A path and its weight, as in a:2 -> (str, float). What is there by the whole name has weight 1."""
+    found = None if os.path.exists(item) else re.fullmatch(r"(.*):([0-9]*\.?[0-9]+)", item)
+    return (found[1], float(found[2])) if found else (item, 1.0)
+
+
+def listed(option, paths):
+    """The paths in an option's value, with commas between; a name that is there may have commas, too.
+
+    Raises ValueError if one is empty.
+    """
+    items, parts = [], paths.split(",")
+    while parts:
+        longest_first = (",".join(parts[:n]) for n in range(len(parts), 0, -1))
+        items.append(next((item for item in longest_first if os.path.exists(weighted(item)[0])), parts[0]))
+        del parts[: items[-1].count(",") + 1]
+    if not all(weighted(item)[0] for item in items):
+        raise ValueError(f"--{option} {paths}: names an empty path; wants paths with commas between them")
+    return items
 
 
 def stamp(path):

@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
 
@@ -112,7 +111,7 @@ class TextFiles:
     def __init__(self, config, tokenizer, split="train", seed=0):
         self.options = config, tokenizer, split, seed
         self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        paths, found, files = listed(config.extra.text), Found("texts"), {}
+        paths, found, files = listed("text", config.extra.text), Found("texts"), {}
         for path in map(Path, paths):
             here = files_below(path, found)
             wanted = [name for name in here if path.is_file() or name.lower().endswith((".txt", ".jsonl"))]
@@ -139,8 +138,8 @@ class TextFiles:
                     piece, more = ids[start : start + length], start + length < len(ids)
                     yield piece.tobytes(), more, 0, 0, side(f"{where}:{start}")
 
-        state = sha256(repr(tokenizer.state()).encode()).hexdigest()
-        key = [(file.name, stamp) for file, stamp in files.items()], length, state
+        state = tokenizer.state() | {"style": None}  # which changes no tokens
+        key = [(file.name, stamp) for file, stamp in files.items()], length, repr(state)
         broken, cache = config.data.max_broken, config.extra.cache
         self.table = Table(paths[0], key, records(), found, split, seed, broken, cache)
         self.fingerprint = self.table.fingerprint
