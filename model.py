@@ -154,7 +154,7 @@ class Attention(nn.Module):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if update is not None:
             k, v = update(k, v)
-        shared = k.shape[1] < q.shape[1]
+        shared = self.heads[1] < self.heads[0]
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=shared)
         else:

@@ -13,6 +13,7 @@ A denoising step runs the patches of the image alone, and those of its guidance 
 with them: what came before is in the cache. A mask is needed only to hide unused slots of shorter prefixes.
 """
 
+import copy
 import itertools
 import math
 import operator
@@ -24,11 +25,13 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image
+from torch import nn
 
 from attention_mask import transfusion_mask
 from data import ImageSegment, collate, document_length
 from diffusion import guide, needs_noise
-from extras.cli import RANGES, RULE
+from extras.cli import NO_MEMORY, RANGES, RULE
+from extras.machine import has_bf16, sent
 from extras.pairs import fit_image
 from extras.text import read_prompt
 
@@ -45,26 +48,29 @@ class KVCache:
     """
 
     def __init__(self, config, rows, length, device="cpu", dtype=torch.float32):
-        shape = config.n_layers, rows, config.kv_heads, length, config.head_dim
-        self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
+        shape = rows, config.kv_heads, length, config.head_dim
+        made = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2 * config.n_layers)]
+        self.layers = list(zip(made[::2], made[1::2]))  # keys and values
 
-    def at(self, rows, positions, visible):
-        """rows: R ints; positions (R, n) being written now; visible: attention spans slots 0..visible-1."""
-        rows = [int(row) for row in rows]
-        self.row_index = torch.tensor(rows, device=self.k.device)[:, None]
+    def at(self, rows, row_index, positions, visible):
+        """rows: R ints, row_index the same (R,) on the device; positions (R, n) being written now.
+
+        visible: attention spans slots 0..visible-1.
+        """
+        rows, self.row_index = list(rows), row_index[:, None]
         self.positions, self.visible = positions, visible
         # Evenly spaced rows are looked at where they lie; others are copied in every layer of every call.
         evenly = slice(rows[0], rows[-1] + 1, rows[1] - rows[0] if len(rows) > 1 else 1)
-        is_even = list(range(self.k.shape[1])[evenly]) == rows
-        self.rows = evenly if is_even else self.row_index[:, 0]
+        is_even = list(range(len(self.layers[0][0]))[evenly]) == rows
+        self.rows = evenly if is_even else row_index
         return self
 
-    def update(self, layer, k, v):
+    def update(self, layer, *now):
         """Write this call's keys and values (R, H, n, d), return all visible ones (R, H, visible, d)."""
-        self.k[layer, self.row_index, :, self.positions] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer, self.row_index, :, self.positions] = v.transpose(1, 2).to(self.v.dtype)
-        seen = layer, self.rows, slice(None), slice(self.visible)
-        return self.k[seen].to(k.dtype), self.v[seen].to(v.dtype)
+        for kept, new in zip(self.layers[layer], now):
+            kept[self.row_index, :, self.positions] = new.transpose(1, 2).to(kept.dtype)
+        seen = self.rows, slice(None), slice(self.visible)
+        return [kept[seen].to(new.dtype) for kept, new in zip(self.layers[layer], now)]
 
 
 @dataclass
@@ -117,11 +123,13 @@ class Engine:
         self.n_patches, self.limit = self.config.n_patches, trained.data.seq_len
         self.causal = self.config.image_attention == "causal"
         self.sequences = [None] * n_places  # None: the place is free
-        self.branches = 1 if options.guidance_scale == 1.0 else 2  # cache rows of each place
+        self.branches, self.compiled = branches_of(options), False  # cache rows of each place
         self.prepare_images(n_images)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        length = max(cache_length, 2 + self.n_patches)
-        self.cache = KVCache(self.config, self.branches * n_places, length, self.device, dtype)
+        dtype = torch.bfloat16 if draws_in_bf16(self.device) else torch.float32
+        # More than one row and an unused slot: a compiled step takes the numbers 1 and "all" for others.
+        rows = max(self.branches * n_places, 1 + self.compiled)
+        length = max(cache_length, 2 + self.n_patches) + self.compiled
+        self.cache = KVCache(self.config, rows, length, self.device, dtype)
         if self.branches == 2:
             h = self.model.embedding(self.tensor([[self.tokenizer.bos, self.tokenizer.boi]] * n_places))
             causal = self.tensor([[True, False], [True, True]])
@@ -132,12 +140,16 @@ class Engine:
         c, self.steps = self.config, self.options.steps
         self.noisy = needs_noise(self.options.sampler, self.options.eta)
         visited = self.trained.ddpm.sampling_timesteps(self.steps)
-        self.timesteps = torch.tensor([0, *visited, 0])  # before the first is none; the last: clean
+        self.timesteps = self.tensor([0, *visited, 0])  # before the first is none; the last: clean
+        self.ddpm = copy.copy(self.trained.ddpm)  # with its schedule beside the timesteps
+        if self.device.type == "cuda":
+            self.ddpm.alphas_cumprod = self.ddpm.alphas_cumprod.to(self.device)
         self.shape = c.latent_channels, c.latent_size, c.latent_size
         self.compiled = n_images * self.steps >= COMPILE_FROM.get(self.device.type, math.inf)
 
     def tensor(self, values):
-        return torch.tensor(values, device=self.device)
+        """Values on the device."""
+        return sent(torch.as_tensor(values), self.device)
 
     def in_mode(self, drawing):
         """The sequences in image mode, or those in text mode."""
@@ -149,15 +161,17 @@ class Engine:
         starts = [2 if branch else s.position for s in sequences for branch in range(branches)]
         return rows, starts
 
-    def reserve(self, rows, starts, n):
+    def reserve(self, rows, starts, n, masked=False):
         """Point the cache at n new positions of these rows -> the positions (R, n), and a mask or None.
 
         The mask hides what other rows alone have reached, and what comes later in an image read causally.
+        masked: make one even if it hides nothing.
         """
-        positions = self.tensor(starts)[:, None] + torch.arange(n, device=self.device)
+        row_index, first = self.tensor([list(rows), starts])
+        positions = first[:, None] + torch.arange(n, device=self.device)
         visible = max(starts) + n
-        self.cache.at(rows, positions, visible)
-        if min(starts) == max(starts) and not (self.causal and n > 1):
+        self.cache.at(rows, row_index, positions, visible)
+        if min(starts) == max(starts) and not (self.causal and n > 1) and not masked:
             return positions, None
         ends = positions if self.causal else positions[:, -1:]  # how far each looks
         return positions, (torch.arange(visible, device=self.device) <= ends[:, :, None])[:, None]
@@ -178,19 +192,19 @@ class Engine:
                 new[-1].place, self.sequences[place] = place, new[-1]
         if not new:
             return
-        lengths = self.tensor([s.position for s in new])
-        rows = [[s.prompt] for s in new]
-        batch = collate(rows, self.tokenizer, int(lengths.max()), self.n_patches).to(self.device)
+        lengths, rows = [s.position for s in new], [[s.prompt] for s in new]
+        batch = collate(rows, self.tokenizer, max(lengths), self.n_patches).to(self.device)
         mask = transfusion_mask(batch.image_id, causal=self.causal)  # nothing looks at padding: it comes last
         h = self.run(self.embed_prompts(batch), self.slots(new)[0], [0] * len(new), mask)
-        self.go_on(new, h[torch.arange(len(new), device=self.device), lengths - 1])
+        self.go_on(new, h[torch.arange(len(new), device=self.device), self.tensor(lengths) - 1])
 
     def embed_prompts(self, batch):
         """A Batch of prompts -> what the trunk takes (R, S, dim); images are clean."""
         if not len(batch.images):
             return self.model.embedding(batch.tokens)
-        with torch.autocast(self.device.type, enabled=False):
-            x_0 = self.trained.vae.encode(batch.images)
+        with torch.autocast(self.device.type, enabled=False):  # few at a time: 256x256 takes 0.1 GB each
+            few = max(1, 2**19 // batch.images[0, 0].numel())
+            x_0 = torch.cat([self.trained.vae.encode(images) for images in batch.images.split(few)])
         t = torch.zeros(len(x_0), dtype=torch.long, device=self.device)
         return self.model.embed(batch.tokens, batch.image_id, x_0, t)[0]
 
@@ -215,7 +229,8 @@ class Engine:
         if not any(writing):
             return
         sequences = list(itertools.compress(sequences, writing))
-        tokens = self.sample_tokens(sequences, self.model.head(h[writing]).float())
+        h = h[self.tensor([n for n, writes in enumerate(writing) if writes])]
+        tokens = self.sample_tokens(sequences, self.model.head(h).float())
         for sequence, token in zip(sequences, tokens):
             sequence.token = token
             if token not in (t.eos, t.boi):
@@ -229,14 +244,13 @@ class Engine:
     def sample_tokens(self, sequences, logits):
         """The next token of each: logits (R, vocab_size). <BOI> only if an image is left, and fits."""
         t, last = self.tokenizer, self.limit - self.n_patches - 1  # position from which an image fits
-        logits[:, [t.bos, t.eoi, t.pad]] = -torch.inf
-        logits[:, t.vocab_size :] = -torch.inf  # codes, if it has them
+        for never in (t.bos, t.eoi, t.pad, slice(t.vocab_size, None)):  # the last: codes, if it has them
+            logits[:, never] = -torch.inf
         full = [s.images_left <= 0 or s.position > last for s in sequences]
-        logits[full, t.boi] = -torch.inf
-        temperature = self.tensor([s.temperature for s in sequences])
+        logits[:, t.boi].masked_fill_(self.tensor(full), -torch.inf)
         u = [float(torch.rand((), generator=s.generator)) if s.temperature > 0 else 0.0 for s in sequences]
-        among = self.options.top_k, self.options.top_p
-        return pick_tokens(logits, temperature, self.tensor(u), *among).tolist()
+        temperature, u = self.tensor([[s.temperature for s in sequences], u])
+        return pick_tokens(logits, temperature, u, self.options.top_k, self.options.top_p).tolist()
 
     def finish(self, sequence):
         """Free the place of a sequence."""
@@ -257,8 +271,7 @@ class Engine:
 
     def noise(self, sequences):
         """Noise for each, from its own generator (R, C, H, W)."""
-        noise = torch.stack([torch.randn(self.shape, generator=s.generator) for s in sequences])
-        return noise.to(self.device)
+        return self.tensor(torch.stack([torch.randn(self.shape, generator=s.generator) for s in sequences]))
 
     def begin_image(self, sequence):
         """Put a sequence in image mode."""
@@ -270,12 +283,12 @@ class Engine:
 
     def image_step(self):
         """One denoising step for each sequence in image mode, or the call that shows it its clean image."""
-        sequences = self.in_mode(drawing=True)
-        going = [n for n, s in enumerate(sequences) if s.step < self.steps]
+        sequences = sorted(self.in_mode(drawing=True), key=lambda s: s.step == self.steps)
+        going = [s for s in sequences if s.step < self.steps]  # the first of them
         if sequences:
             prediction = self.predict(sequences, self.branches if going else 1)
         if going:
-            self.move([sequences[n] for n in going], prediction[going])
+            self.move(going, prediction[: len(going)])
         for sequence in sequences:
             sequence.step += 1
             if sequence.step > self.steps:
@@ -291,21 +304,23 @@ class Engine:
     def predict(self, sequences, branches):
         """What the model predicts for the images, with guidance if there are two branches -> (R, C, H, W)."""
         rows, starts = self.slots(sequences, branches)
-        positions, mask = self.reserve(rows, starts, self.n_patches)
-        if self.compiled and len(rows) < self.cache.k.shape[1]:
-            self.cache.rows = self.cache.row_index[:, 0]  # every other slice would be compiled anew
+        positions, mask = self.reserve(rows, starts, self.n_patches, masked=self.compiled)
         x_t = torch.stack([s.x for s in sequences]).repeat_interleave(branches, 0)
-        t = self.timesteps[[s.step + 1 for s in sequences]].to(self.device).repeat_interleave(branches)
+        t = self.timesteps[self.steps_of(sequences) + 1].repeat_interleave(branches)
         inputs = self.model, self.cache, x_t, t, positions, mask
-        if self.compiled:
-            try:
-                prediction = compiled_denoise()(*inputs)
-            except Exception as error:  # of many kinds: no C++ compiler, no Triton, an unknown GPU
-                warnings.warn(f"going on without torch.compile ({type(error).__name__})", stacklevel=2)
-                self.compiled = False
-        if not self.compiled:
-            prediction = denoise(*inputs)
+        try:
+            prediction = (compiled_denoise() if self.compiled else denoise)(*inputs)
+        except Exception as error:  # of many kinds: no C++ compiler, no Triton, an unknown GPU
+            if not self.compiled or NO_MEMORY.search(str(error)):
+                raise
+            warnings.warn(f"going on without torch.compile ({type(error).__name__})", stacklevel=2)
+            self.compiled = False
+            return self.predict(sequences, branches)
         return self.guided(prediction) if branches == 2 else prediction
+
+    def steps_of(self, sequences):
+        """How many denoising steps each has done (R,)."""
+        return self.tensor([s.step for s in sequences])
 
     def guided(self, prediction):
         """Of the sequences and their guidance branches in turn (2 R, ...) -> guided (R, ...)."""
@@ -313,12 +328,12 @@ class Engine:
 
     def move(self, sequences, prediction):
         """One step of the sampler for each of these images."""
-        steps = torch.tensor([s.step for s in sequences])
+        steps = self.steps_of(sequences)
         t_before, t, s = (self.timesteps[steps + k] for k in range(3))
         x_t, x_0 = torch.stack([s.x for s in sequences]), torch.stack([s.x_0 for s in sequences])
         noise = self.noise(sequences) if self.noisy else None
         how = self.options.sampler, prediction, x_t, t, s, noise, self.options.eta
-        x_s, x_0 = self.trained.ddpm.step(*how, t_before, x_0)
+        x_s, x_0 = self.ddpm.step(*how, t_before, x_0)
         for n, sequence in enumerate(sequences):
             sequence.x, sequence.x_0 = x_s[n], x_0[n]
 
@@ -330,9 +345,32 @@ def denoise(model, cache, x, t, positions, mask):
 
 
 @cache
-def compiled_denoise():
-    """One compilation for all numbers of cache rows and lengths of prefixes, which are symbols in it."""
-    return torch.compile(denoise, dynamic=True)
+def compiled_denoise(**options):
+    """denoise with one compilation for all numbers of rows and lengths, which are symbols in it.
+
+    options: of torch.compile. What else would be compiled anew is kept from it: one row is run twice, there
+    always is a mask, and rows are always looked up by their numbers.
+    """
+    from torch._dynamo import maybe_mark_dynamic
+
+    @torch.compile(**options)
+    def step(model, cache, x, t, positions, mask):
+        cache.visible = mask.shape[-1]  # a symbol, as the number itself would not be
+        return denoise(model, cache, x, t, positions, mask)
+
+    def call(model, cache, *inputs):
+        rows = len(inputs[0])
+        if rows == 1:
+            cache.row_index, *inputs = (part.repeat_interleave(2, 0) for part in (cache.row_index, *inputs))
+        cache.positions, cache.rows = inputs[2], cache.row_index[:, 0]
+        for part in (*inputs, cache.row_index, cache.rows):
+            maybe_mark_dynamic(part, 0)
+        maybe_mark_dynamic(inputs[3], 3)
+        for part in itertools.chain(*cache.layers):
+            maybe_mark_dynamic(part, (0, 2))
+        return step(model, cache, *inputs)[:rows]
+
+    return call
 
 
 def pick_tokens(logits, temperature, u, top_k=0, top_p=1.0):
@@ -375,7 +413,39 @@ RULES = RULE | dict.fromkeys(("temperature", "top_k", "max_tokens", "max_images"
 RULES |= {"max_batch": "above 0", "top_p": "above 0 and at most 1"}
 
 
-@torch.inference_mode()
+def branches_of(options):
+    """Cache rows of a document: two where images are drawn with guidance."""
+    return 2 if options.max_images and options.guidance_scale != 1.0 else 1
+
+
+def draws_in_bf16(device):
+    """Are matrix products in bfloat16 when this device samples?"""
+    return device.type == "cuda" and has_bf16(device)
+
+
+def bf16_copy(model):
+    """A copy with matrices and convolutions in bfloat16, as autocast would cast them in every call.
+
+    All else is shared.
+    """
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    memo = {id(part): part for part in itertools.chain(model.parameters(), model.buffers())}
+    for p in itertools.chain(*(layer.parameters(recurse=False) for layer in layers)):
+        memo[id(p)] = nn.Parameter(p.to(torch.bfloat16), requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+def places_that_fit(config, length, branches, device):
+    """For how many documents half of the free memory holds the cache; at least one."""
+    if device.type != "cuda":
+        return math.inf
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free -= torch.cuda.memory_allocated(device)
+    slot = 2 * config.n_layers * config.kv_heads * config.head_dim * (2 if draws_in_bf16(device) else 4)
+    return max(1, free // (2 * slot * length * branches))
+
+
+@torch.no_grad()
 def generate(trained, documents, seeds=None, engine=Engine, **given):
     """Continue documents, each a list of strings and PIL images ([] = from nothing), prompts included.
 
@@ -403,11 +473,16 @@ def generate(trained, documents, seeds=None, engine=Engine, **given):
     numbered = enumerate(zip(documents, seeds))
     sequences = [to_sequence(n, document, seed, trained, options) for n, (document, seed) in numbered]
     waiting = deque(s for s in sequences if s.tokens_left > 0 or s.token is not None)
-    n_places = min(options.max_batch, max(1, len(waiting)))
-    more = options.max_tokens + max(1, options.max_images) * (trained.model.config.n_patches + 2)
+    config, device = trained.model.config, trained.model.embedding.weight.device
+    bf16 = draws_in_bf16(device)
+    if bf16:
+        trained = copy.copy(trained)
+        trained.model = bf16_copy(trained.model)
+    more = options.max_tokens + options.max_images * (config.n_patches + 2)
     length = min(trained.data.seq_len, max((s.position + more for s in waiting), default=0))
-    device = trained.model.embedding.weight.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    fitting = places_that_fit(config, length + config.n_patches + 2, branches_of(options), device)
+    n_places = min(options.max_batch, max(1, len(waiting)), fitting)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         work = engine(trained, n_places, length, options.max_images * len(waiting), options)
         while waiting or any(work.sequences):
             for _ in range(TEXT_CALLS):

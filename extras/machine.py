@@ -19,11 +19,23 @@ def say(run, text):
             tqdm.write(text)
 
 
+def has_bf16(device):
+    """Does this device multiply matrices in bfloat16? (T4 and V100 emulate it, slowly.)"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def sent(tensor, device):
+    """A CPU tensor on the device. From pinned memory, where that is CUDA: then the host need not wait."""
+    cuda = device.type == "cuda"
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
+
+
 def machine(config, device):
     """What this machine does of what is asked for: (bfloat16?, compiled blocks?, what makes the masks)."""
     cuda = device.type == "cuda"
-    has_bf16 = torch.cuda.is_bf16_supported() if cuda else torch.cpu._is_avx512_bf16_supported()
-    bf16 = config.precision == "bf16" or config.precision == "auto" and has_bf16 and device.type != "mps"
+    bf16 = config.precision == "bf16" or config.precision == "auto" and has_bf16(device)
     compiled = config.compile == "on" or config.compile == "auto" and cuda
     blocks = cuda and compiled and config.data.seq_len % 128 == 0
     if config.attention == "flex" and not blocks:

@@ -246,7 +246,7 @@ def test_grouped_heads_equal_repeated_ones():
     h, positions = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0)), torch.arange(7).expand(2, -1)
     causal = torch.ones(7, 7, dtype=torch.bool).tril()
     torch.testing.assert_close(grouped.trunk(h, positions, causal), plain.trunk(h, positions, causal), rtol=1e-4, atol=1e-4)
-    assert KVCache(grouped.config, rows=1, length=4).k.shape == (2, 1, 2, 4, 8)
+    assert KVCache(grouped.config, rows=1, length=4).layers[1][0].shape == (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(qk_norm=True), dict(n_heads=4, n_kv_heads=2), dict(images="discrete")], ids=["plain", "qk_norm", "grouped", "post_norm"])
@@ -264,14 +264,14 @@ def test_cache_equals_the_whole_sequence(options):
             visible = int(positions.max()) + 1
             mask = torch.arange(visible) <= positions[:, None, :, None]
             index = torch.tensor(rows)[:, None], positions
-            found[index] = model.trunk(h[index], positions, mask, cache.at(torch.tensor(rows), positions, visible).update)
+            found[index] = model.trunk(h[index], positions, mask, cache.at(rows, torch.tensor(rows), positions, visible).update)
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_writing_a_cache_slot_again_replaces_it():
     model = tiny_model(scale=8.0)
     first, second = torch.randn(2, 1, 4, 32, generator=torch.Generator().manual_seed(0))
-    run = lambda h, cache: model.trunk(h, torch.arange(4)[None], None, cache.at(torch.tensor([0]), torch.arange(4)[None], 4).update)
+    run = lambda h, cache: model.trunk(h, torch.arange(4)[None], None, cache.at([0], torch.tensor([0]), torch.arange(4)[None], 4).update)
     with torch.no_grad():
         used, fresh = (KVCache(model.config, rows=1, length=4) for _ in range(2))
         run(first, used)
