@@ -45,7 +45,8 @@ class VQConfig(VAEConfig):
 class Codebook(nn.Module):
     """K vectors, moved in training towards the latents that are nearest to each (van den Oord et al. 2017).
 
-    A dead one, that hardly any latent is nearest to, is put where some latent is; they all begin dead.
+    A dead one, that hardly any latent is nearest to, is put where some latent is. They all begin dead. One
+    that stays dead is put elsewhere 160 steps later.
     """
 
     DECAY = 0.99
@@ -55,7 +56,7 @@ class Codebook(nn.Module):
         super().__init__()
         self.register_buffer("vectors", torch.zeros(size, channels))
         self.register_buffer("counts", torch.zeros(size))  # nearest latents in a batch, a moving average
-        # The same over the last ten batches or so, to be shown: `counts` credit the revived with a share.
+        # The same over the last ten batches or so, to be shown: `counts` credit the revived with some.
         self.register_buffer("seen", torch.zeros(size), persistent=False)
 
     def nearest(self, z):
@@ -93,7 +94,7 @@ class Codebook(nn.Module):
         dead = self.counts < self.DEAD * share
         chosen = torch.randint(len(z), dead.shape, generator=generator, device=z.device)
         self.vectors.copy_(torch.where(dead[:, None], z[chosen], self.vectors))
-        self.counts[dead] = share  # time to prove themselves
+        self.counts[dead] = 5 * self.DEAD * share  # ln 5 / ln (1 / DECAY) steps to prove themselves
 
 
 def codebook_usage(counts):
@@ -202,8 +203,8 @@ class Objective:
 
     NAMES = ("lm",)
 
-    def __init__(self, config, vae, ddpm, tokenizer, mask, device, autocast):
-        self.config, self.vae, self.vocab_size, self.mask = config, vae, tokenizer.vocab_size, mask
+    def __init__(self, config, vae, ddpm, tokenizer, make_mask, device, autocast):
+        self.config, self.vae, self.vocab_size, self.make_mask = config, vae, tokenizer.vocab_size, make_mask
         self.device, self.autocast = device, autocast
 
     def counts(self, batch):
@@ -218,10 +219,10 @@ class Objective:
             return batch
         return fill_codes(batch, self.vocab_size + self.vae.codes(batch.images))
 
-    def each(self, model, batch, z_loss=0.0):
+    def token_losses(self, model, batch, z_loss=0.0):
         """The loss at each position (B, S) of a filled Batch, 0 where there is no target."""
         with self.autocast():
-            mask = self.mask(batch.image_id, batch.doc_id)
+            mask = self.make_mask(batch.image_id, batch.doc_id)
             logits, _ = model(batch.tokens, batch.image_id, batch.positions, mask)
             flat, targets = logits.flatten(0, 1).float(), batch.targets.flatten()
             lm = F.cross_entropy(flat, targets, ignore_index=NO_LOSS, reduction="none").view_as(batch.targets)
@@ -229,15 +230,15 @@ class Objective:
                 lm = lm + z_loss * logits.float().logsumexp(-1).square() * (batch.targets != NO_LOSS)
             return lm
 
-    def sums(self, model, batch, rows, key):
+    def loss_sums(self, model, batch, row_numbers, key):
         """The sum of the targets' losses; no image has another one."""
-        lm = self.each(model, self.filled(batch), self.config.extra.z_loss).sum()
+        lm = self.token_losses(model, self.filled(batch), self.config.extra.z_loss).sum()
         return lm, torch.zeros_like(lm)
 
-    def measured(self, model, batch, rows, key):
-        """For validation: {name: (sum of the losses, how many they are)}, text's and codes'."""
+    def validation_sums(self, model, batch, row_numbers, key):
+        """{name: (sum of the losses, how many they are)}, text's and codes'."""
         batch = self.filled(batch)
-        lm = self.each(model, batch)
+        lm = self.token_losses(model, batch)
         is_code = batch.targets >= self.vocab_size
         is_text = (batch.targets != NO_LOSS) & (batch.image_id == TEXT) & ~is_code  # <EOI> is neither
         kinds = {"val_lm": is_text, "val_codes": is_code}
