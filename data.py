@@ -3,7 +3,7 @@
     Tokenizer      bytes, then <BOS>, <EOS>, <BOI>, <EOI> and padding
     ImageSegment   an image inside a document; the other segments of a document are lists of tokens
     Batch          one training batch, laid out by `collate`; every other file uses its field names
-    PairDocuments  [caption, image] or [image, caption]; `collate` adds <BOS>, <BOI>, <EOI>, and <EOS> as target
+    PairDocuments  [caption, image] or [image, caption]; `collate` adds the special tokens
     Stream         documents packed into rows of a fixed length
 
 Every document is a function of (seed, number). The processes that load images ahead are in extras/loader.py.
@@ -91,8 +91,7 @@ class Cut(list):
 
 def document_length(document, n_patches):
     """Positions that a document takes: <BOS>, its tokens, and <BOI> patches <EOI> for each image."""
-    lengths = [n_patches + 2 if isinstance(segment, ImageSegment) else len(segment) for segment in document]
-    return 1 + sum(lengths)
+    return 1 + sum(n_patches + 2 if isinstance(s, ImageSegment) else len(s) for s in document)
 
 
 @dataclass
@@ -150,8 +149,7 @@ def collate(rows, tokenizer, seq_len, n_patches):
             tokens[b, span], image_id[b, span], doc_id[b, span] = ids, image_of, d
             targets[b, span] = np.where(has_loss, np.append(ids[1:], last_target), NO_LOSS)
             positions[b, span] = np.arange(len(ids))
-    images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
-    # uint8 pixels, or moments that were encoded ahead.
+    images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)  # or cached moments
     images = to_pixels(images) if images.dtype == np.uint8 else torch.from_numpy(images).float()
     text = map(torch.from_numpy, (tokens, targets, image_id, doc_id, positions))
     return Batch(*text, images, torch.tensor(max_t, dtype=torch.long))
@@ -163,7 +161,7 @@ def collate(rows, tokenizer, seq_len, n_patches):
 class PairDocuments:
     """Captioned images as documents, in the paper's two orders (section 4.1): number -> list of segments.
 
-    pairs: a source; `pairs.pair(i)` -> (caption, load), `pairs.name(i)` for messages, `len(pairs)` if it ends.
+    pairs: a source; `pair(i)` -> (caption, load), `name(i)` for messages, and a length if it ends.
     """
 
     def __init__(self, pairs, tokenizer, config, timesteps=1000, seed=0):
@@ -172,7 +170,7 @@ class PairDocuments:
         self.n_pairs = len(pairs) if hasattr(pairs, "__len__") else None  # None: without end
 
     def __call__(self, number, attempt=0):
-        """Document `number`. attempt: 1, 2, ... take another pair, in the same order, where an image was broken."""
+        """Document `number`. attempt: 1, 2, ... take another pair, in the same order, for a broken image."""
         caption, load = self.pairs.pair(number + attempt)
         ids = self.tokenizer.encode(caption)
         u_order, u_drop = np.random.default_rng([self.seed, 7, number]).random(2)  # 7: this purpose's stream
@@ -189,13 +187,13 @@ class PairDocuments:
 
 
 class Stream:
-    """Documents packed into rows of seq_len positions, R = `rows_per_step` of them.
+    """Documents packed into rows of seq_len positions, R = `rows_per_step` rows a step.
 
     documents: makes them, as PairDocuments does. Row r takes only documents r, r + R, r + 2 R, ... So any
     division of the rows among processes gives the same rows. A row takes its oldest waiting document, then
     the longest waiting ones that still fit. Packing looks at lengths only; `collate` loads the images.
-    state: {row: [number of the next document, numbers of the waiting ones]} of this process's rows. The
-    states of all processes, merged, can be loaded by any number of processes.
+    state: {row: [number of the next document, numbers of the waiting ones]} of this process's rows. Merged,
+    the states of all processes can be loaded by any number of them.
     skipped: counts the documents longer than a row (extras/sources.py); without it they raise ValueError.
     """
 

@@ -3,9 +3,8 @@
     q_sample (eq. 2)   x_t = alpha_t x_0 + sigma_t eps,   alpha_t = sqrt(abar_t),   sigma_t = sqrt(1 - abar_t)
     loss     (eq. 3)   || eps - eps_theta(x_t, t, c) ||^2
 
-Time runs as in the paper: t = 1..T is noisy, t = 0 is the clean image (abar_0 = 1). An image that only
-conditions what follows is shown at t = 0. Nothing here knows the network. (alpha_t is not Ho's 1 - beta_t.
-The products of those are abar, which is called `alphas_cumprod` in the code.)
+(alpha_t here is not Ho's 1 - beta_t; `alphas_cumprod` holds abar.) Time runs as in the paper: t = 1..T is
+noisy, t = 0 is the clean image (abar_0 = 1). An image that only conditions what follows is shown at t = 0.
 
 Exports `DDPM`, which holds the schedule and does the arithmetic that involves it; `DiffusionConfig` and
 `SamplingConfig`; SAMPLERS, the ways back from noise; `guide`, classifier-free guidance.
@@ -77,9 +76,8 @@ class DDPM(nn.Module):
         self.register_buffer("sigma", (1 - self.alphas_cumprod).sqrt().float(), persistent=False)  # (T + 1,)
 
     def alpha_sigma(self, t, like):
-        """alpha_t and sigma_t, shaped to multiply `like`: t (N,) or int -> two of (N, 1, 1, ...)."""
-        t = torch.as_tensor(t, device=like.device).expand(like.shape[0])
-        shape = (-1,) + (1,) * (like.ndim - 1)
+        """alpha_t and sigma_t, shaped to multiply `like`: t (N,) or int -> two of (N or 1, 1, 1, ...)."""
+        shape = -1, *[1] * (like.ndim - 1)
         return self.alpha[t].view(shape), self.sigma[t].view(shape)
 
     # ---- training --------------------------------------------------------------------------------
@@ -136,7 +134,7 @@ class DDPM(nn.Module):
         return torch.linspace(first, 0, steps + 1, dtype=torch.float64).round().long().tolist()
 
     def between(self, t, s):
-        """alpha_t, sigma_t, alpha_s, sigma_s and beta = 1 - abar_t / abar_s, in float64: differences cancel."""
+        """alpha_t, sigma_t, alpha_s, sigma_s, beta = 1 - abar_t / abar_s, in float64: differences cancel."""
         abar_t, abar_s = self.alphas_cumprod[t], self.alphas_cumprod[s]
         return abar_t.sqrt(), (1 - abar_t).sqrt(), abar_s.sqrt(), (1 - abar_s).sqrt(), 1 - abar_t / abar_s
 
@@ -175,8 +173,7 @@ class DDPM(nn.Module):
     def step(self, sampler, prediction, x_t, t, s, noise=None, eta=0.0, t_before=0, x_0_before=None):
         """One step of one of SAMPLERS from t to s < t -> x_s and the estimate of x_0, both (N, ...).
 
-        noise: like x_t, for a sampler that `needs_noise`. t_before, x_0_before: the previous step's t and
-        estimate of x_0; 0 and None = there was none.
+        noise: like x_t, for a sampler that `needs_noise`. t_before, x_0_before: of the step before, if any.
         """
         eps, x_0 = self.eps_and_x_0(prediction, x_t, t)
         if sampler == "ddpm":

@@ -14,7 +14,7 @@ import math
 from dataclasses import replace
 from functools import partial
 
-import extras  # first: Ctrl-C while torch is imported ends in a line
+import extras  # before torch, so that Ctrl-C during its import prints one line
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,11 @@ from attention_mask import transfusion_mask
 from data import NO_LOSS, collate
 from extras import cli, runs, sources
 from extras.scores import format_scores
+from extras.text import read_texts
 from sample import generate, load
 
 
-def draw(trained, prompts, seed=0, generate=generate):
+def draw_images(trained, prompts, seed=0, generate=generate):
     """A uint8 image for each prompt: a caption, or a document of strings and PIL images that ends in text."""
     documents = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
     drawn = generate(trained, documents, range(seed, seed + len(documents)), max_tokens=0)
@@ -56,33 +57,33 @@ def perplexity(trained, texts):
     if not pieces:
         raise ValueError("there is no text to measure the perplexity of")
     length = 1 + max(map(len, pieces))
-    rows = max(1, 4096 // length)  # the logits of 4096 positions fit into memory
+    batch_size = max(1, 4096 // length)  # the logits of 4096 positions fit into memory
     no_images = model.head.weight.new_zeros(0, c.latent_channels, c.latent_size, c.latent_size)
-    loss, tokens = 0.0, 0
-    for i in range(0, len(pieces), rows):
-        documents = [[[piece]] for piece in pieces[i : i + rows]]
-        batch = collate(documents, tokenizer, length, 0).to(no_images.device)
-        ends = batch.targets == tokenizer.eos  # what follows a text is no text
-        targets = batch.targets.masked_fill(ends, NO_LOSS)
-        mask, no_t = transfusion_mask(batch.image_id, batch.doc_id), no_images[:, 0, 0, 0]
+    no_t = torch.zeros(0, dtype=torch.long, device=no_images.device)
+    loss, n_tokens = 0.0, 0
+    for i in range(0, len(pieces), batch_size):
+        rows = [[[piece]] for piece in pieces[i : i + batch_size]]  # one document a row, one segment in each
+        batch = collate(rows, tokenizer, length, n_patches=0).to(no_images.device)
+        targets = batch.targets.masked_fill(batch.targets == tokenizer.eos, NO_LOSS)  # that is no text
+        mask = transfusion_mask(batch.image_id, batch.doc_id)  # (B, 1, S, S)
         logits, _ = model(batch.tokens, batch.image_id, batch.positions, mask, no_images, no_t)
         logits = logits.flatten(0, 1).float()  # (B S, vocab_size)
         loss += F.cross_entropy(logits, targets.flatten(), ignore_index=NO_LOSS, reduction="sum").item()
-        tokens += int((targets != NO_LOSS).sum())
-    return math.exp(loss / tokens), math.exp(loss / sum(len(text.encode()) for text in texts))
+        n_tokens += int((targets != NO_LOSS).sum())
+    return math.exp(loss / n_tokens), math.exp(loss / sum(len(text.encode()) for text in texts))
 
 
 def score_split(trained, pairs, judged, seed, metrics, generate):
     """Score a model on `judged` pairs of one split -> {what: number, or {aspect: share}}."""
     sizes = trained.data.seq_len, trained.model.config.n_patches
-    numbers = sources.fitting(pairs, judged, trained.tokenizer, *sizes)
-    skipped = sources.Skipped("pictures", 1.0)
-    again = itertools.cycle(numbers)  # for a broken image one comes twice
-    numbers, images = zip(*sources.readable(pairs, again, len(numbers), skipped))
+    candidates = sources.fitting(pairs, judged, trained.tokenizer, *sizes)
+    skipped = sources.Skipped("pictures", max_broken=1.0)
+    again = itertools.cycle(candidates)  # for a broken image another one comes twice
+    numbers, images = zip(*sources.readable(pairs, again, len(candidates), skipped))
     references = [pairs.captions(i) for i in numbers]
     captions = [reference[0] for reference in references]
     written = write_captions(trained, images, generate)
-    drawn = draw(trained, captions, seed, generate)
+    drawn = draw_images(trained, captions, seed, generate)
     scores = {"n": len(numbers)}
     for metric in metrics:
         scores |= metric(images, drawn, written, references)
@@ -90,18 +91,18 @@ def score_split(trained, pairs, judged, seed, metrics, generate):
     return scores | {"perplexity_per_token": per_token, "perplexity_per_byte": per_byte}
 
 
-def evaluate(trained, judged=300, seed=1, progress=lambda x: x, inception="", clip="", generate=generate):
+def evaluate(trained, judged=300, seed=1, splits=None, inception="", clip="", generate=generate, bar=False):
     """Score a model on `judged` images of each split -> nested dict, which `format_scores` prints.
 
-    Splits: seen, held out and, of the built-in scenes, never seen. inception, clip: files of the networks
-    that FID and CLIP score need. Raises ValueError if those cannot be used.
+    splits: default: seen, held_out and, of the built-in scenes, never_seen. inception, clip: files of the
+    networks that FID and CLIP score need; ValueError if those cannot be used. bar: show a progress bar.
     """
-    trained = replace(trained, extra=replace(trained.extra, latents=""))
-    splits, metrics, stories = extras.measures(trained, inception, clip)
+    trained = replace(trained, extra=replace(trained.extra, latents=""))  # images, not latents encoded ahead
+    all_splits, metrics, score_stories = extras.measures(trained, inception, clip)
     scores = {"judged": judged, "seed": seed, "splits": {}}
-    for split in progress(splits):
-        if stories:
-            found = {"n": judged, "changes": stories(trained, split, judged, seed, generate)}
+    for split in tqdm(splits or all_splits, desc="evaluate", disable=not bar):
+        if score_stories:
+            found = {"n": judged, "changes": score_stories(trained, split, judged, seed, generate)}
         else:
             pairs = extras.open_pairs(trained, split, seed)
             found = score_split(trained, pairs, judged, seed, metrics, generate)
@@ -123,13 +124,13 @@ def main(argv=None):
     add("--clip", metavar="FOLDER", default="", help="a CLIP of transformers or open_clip: also its score")
     add("--json", metavar="FILE", help="also write the scores there")
     args = parser.parse_args(argv)
-    texts = extras.room("text").read_texts(args.text) if args.text else []
+    texts = read_texts(args.text) if args.text else []
     if args.json:
         runs.check_file(args.json, "--json")
     trained = load(args.ckpt or runs.newest_checkpoint(), cli.pick_device(args.device))
-    drawing = partial(generate, **cli.given_sampling(args))
-    progress = partial(tqdm, desc="evaluate")
-    scores = evaluate(trained, args.judged, args.seed, progress, args.inception, args.clip, drawing)
+    options = dict(inception=args.inception, clip=args.clip, bar=True)
+    options["generate"] = partial(generate, **cli.given_sampling(args))
+    scores = evaluate(trained, args.judged, args.seed, **options)
     if args.text:
         per_token, per_byte = perplexity(trained, texts)
         scores["text"] = dict(path=args.text, perplexity_per_token=per_token, perplexity_per_byte=per_byte)

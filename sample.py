@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-import extras  # first: Ctrl-C while torch is imported ends in a line
+import extras  # before torch, so that Ctrl-C during its import prints one line
 import torch
 from PIL import Image
 
@@ -25,6 +25,8 @@ from attention_mask import TEXT, transfusion_mask
 from data import DataConfig, Tokenizer, to_pixels
 from diffusion import DDPM, DiffusionConfig, SamplingConfig, guide
 from extras import Choices, cli, generate, runs, show
+from extras.pairs import fit_image, load_image
+from extras.text import read_prompt
 from model import Transfusion, TransfusionConfig
 from vae import VAE
 
@@ -60,14 +62,13 @@ def load(path, device="cpu"):
     return Trained(model.to(device).eval(), vae, ddpm, tokenizer, **parts)
 
 
-def run(model, sequence, t=0):
+def predict_next(model, sequence, t=0):
     """Run one sequence of token ids and latents (1, C, H, W): the last latent is at t, the others clean.
 
     -> the logits of the next token (vocab_size,), and the prediction for the last image (1, C, H, W).
     """
     c, device = model.config, model.embedding.weight.device
-    tokens, image_id = [], []
-    images = [torch.zeros(0, c.latent_channels, c.latent_size, c.latent_size, device=device)]
+    tokens, image_id, images = [], [], []
     for item in sequence:
         if torch.is_tensor(item):
             tokens += [0] * c.n_patches  # which nothing reads
@@ -76,9 +77,10 @@ def run(model, sequence, t=0):
         else:
             tokens.append(item)
             image_id.append(TEXT)
-    x_t = torch.cat(images)  # (N, C, H, W)
+    no_image = torch.zeros(0, c.latent_channels, c.latent_size, c.latent_size, device=device)
+    x_t = torch.cat([no_image, *images])  # (N, C, H, W), N may be 0
     times = torch.zeros(len(x_t), dtype=torch.long, device=device)  # (N,)
-    times[-1:] = t
+    times[-1:] = t  # without an image there is nothing to set
     tokens = torch.tensor([tokens], device=device)  # (1, S)
     image_id = torch.tensor([image_id], device=device)  # (1, S)
     positions = torch.arange(tokens.shape[1], device=device)[None]  # (1, S)
@@ -97,64 +99,67 @@ def pick_token(logits, temperature, generator):
 
 @torch.inference_mode()
 def generate_one(
-    trained, document, seed=0, draw=True, temperature=None, max_tokens=64, max_images=1, eta=0.0, **settings
+    trained, document, seed=0, draw=True, temperature=None, max_tokens=256, max_images=1, eta=0.0, **settings
 ):
     """Continue one document, a list of strings and PIL images -> the document and what follows.
 
     As `generate` does, but every token and every denoising step runs the whole sequence again.
     settings: steps, sampler, guidance_scale; default: those of the training run.
     """
-    model, tokenizer, limit = trained.model, trained.tokenizer, trained.data.seq_len
+    model, tokenizer, seq_len = trained.model, trained.tokenizer, trained.data.seq_len
     c, device = model.config, model.embedding.weight.device
     sampling = replace(trained.sampling, **settings)
-    temperature = (0.0 if document else 1.0) if temperature is None else temperature
+    if temperature is None:
+        temperature = 0.0 if document else 1.0
     generator = torch.Generator().manual_seed(int(seed) % 2**64)
+    sequence = [tokenizer.bos]  # token ids, and latents (1, C, H, W)
 
     def length():
         return sum(c.n_patches if torch.is_tensor(item) else 1 for item in sequence)
 
-    def noise(like):
-        return torch.randn(like.shape, generator=generator).to(device)
+    def noise_like(x):
+        return torch.randn(x.shape, generator=generator).to(device)
 
     def predict(x_t, t):
-        _, prediction = run(model, [*sequence, x_t], t)  # (1, C, H, W), given all that precedes the image
+        _, prediction = predict_next(model, [*sequence, x_t], t)  # given all that precedes the image
         if sampling.guidance_scale == 1.0:
             return prediction
-        _, unconditional = run(model, [tokenizer.bos, tokenizer.boi, x_t], t)  # given nothing
+        _, unconditional = predict_next(model, [tokenizer.bos, tokenizer.boi, x_t], t)  # given nothing
         return guide(prediction, unconditional, sampling.guidance_scale)
 
-    sequence = [tokenizer.bos]
-    for part in document:
-        if isinstance(part, str):
-            sequence += tokenizer.encode(extras.room("text").read_prompt(part, tokenizer))
+    for segment in document:
+        if isinstance(segment, str):
+            sequence += tokenizer.encode(read_prompt(segment, tokenizer))
         else:
-            pixels = to_pixels(extras.room("pairs").fit_image(part, trained.data.image_size))  # (3, H, W)
+            pixels = to_pixels(fit_image(segment, trained.data.image_size))  # (3, H, W)
             sequence += [tokenizer.boi, trained.vae.encode(pixels[None].to(device)), tokenizer.eoi]
-    start = len(sequence)
+    prompt_length = len(sequence)
     drawing = bool(draw and document and isinstance(document[-1], str))  # image mode, or else text mode
     if drawing:
         sequence.append(tokenizer.boi)
 
-    while (drawing or max_tokens > 0) and length() <= limit:
+    while (drawing or max_tokens > 0) and length() <= seq_len:
         if drawing:  # denoise; all that follows sees the clean image
-            x_T = noise(torch.empty(1, c.latent_channels, c.latent_size, c.latent_size))
-            x_0 = trained.ddpm.sample(predict, x_T, sampling.steps, sampling.sampler, eta, noise)
+            shape = 1, c.latent_channels, c.latent_size, c.latent_size
+            x_T = torch.randn(shape, generator=generator).to(device)
+            x_0 = trained.ddpm.sample(predict, x_T, sampling.steps, sampling.sampler, eta, noise_like)
             sequence += [x_0, tokenizer.eoi]  # <EOI> is inserted, never sampled
-            drawing, max_images = False, max_images - 1
+            drawing = False
+            max_images -= 1
             continue
-        logits, _ = run(model, sequence)
+        logits, _ = predict_next(model, sequence)
         logits[[tokenizer.bos, tokenizer.eoi, tokenizer.pad]] = -torch.inf
-        if max_images <= 0 or length() + 1 + c.n_patches > limit:
+        if max_images <= 0 or length() + 1 + c.n_patches > seq_len:
             logits[tokenizer.boi] = -torch.inf
         token = pick_token(logits, temperature, generator)
         if token == tokenizer.eos:
             break
         sequence.append(token)
         drawing = token == tokenizer.boi
-        max_tokens -= not drawing
+        max_tokens -= 0 if drawing else 1
 
     document = list(document)
-    for is_image, items in groupby(sequence[start:], torch.is_tensor):
+    for is_image, items in groupby(sequence[prompt_length:], torch.is_tensor):
         if is_image:
             pixels = trained.vae.decode(next(items))[0]  # (3, H, W) in -1..1
             pixels = ((pixels + 1) * 127.5).round().byte().movedim(0, -1)
@@ -168,7 +173,7 @@ def main(argv=None):
     """The command line."""
     parser = cli.Parser(description="Sample from a checkpoint of train.py.", allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt", help="checkpoint or a run's folder (default: the newest under out/)")
+    add("--ckpt", help="checkpoint, run's folder or export (default: the newest under out/)")
     add("--prompt", action="append", default=[], help="what to draw; may be given several times")
     add("--prompts", metavar="FILE", help="a text file with a prompt a line")
     add("--image", help="image to caption (or, with --prompt, what precedes the prompt: an instruction)")
@@ -195,27 +200,24 @@ def main(argv=None):
     texts = args.prompt + (cli.read_prompts(args.prompts) if args.prompts else [])
     trained = load(ckpt, cli.pick_device(args.device))
     if args.export:
-        extras.room("exports").export(trained, args.export, args.half)
+        extras.room("exports").export(trained, args.export, args.half)  # of extras/exports.py
         return print(f"wrote {args.export}; to use it: --ckpt {args.export}")
 
-    image = []
-    if args.image:
-        pixels = extras.room("pairs").load_image(args.image, trained.data.image_size)
-        image = [Image.fromarray(pixels)]
+    image = [Image.fromarray(load_image(args.image, trained.data.image_size))] if args.image else []
     prompts = [[*image, text] for text in texts] or [image]
     num = (4 if texts else 1 if image else 8) if args.num is None else args.num
     documents = [prompt for prompt in prompts for _ in range(num)]
     seeds = [args.seed + n for _ in prompts for n in range(num)]
-    drawing = bool(texts) and not args.free
+    draw_at_once = bool(texts) and not args.free
     engine = extras.engine_of(trained)
     settings = engine.defaults(trained) | dict(top_k=0, top_p=1.0, temperature=0.0 if prompts[0] else 1.0)
     settings |= dict(max_images=0 if image and not texts else 1, max_tokens=64) | cli.given_sampling(args)
-    if drawing and settings["max_images"] == 1:
+    if draw_at_once and settings["max_images"] == 1:
         settings["max_tokens"] = 0
     prefix = " ".join(["0:", *texts, ""]) if len(documents) == 1 else None
     terminal = show.Terminal(engine.count_steps(trained, settings), args.gif, prefix)
-    calls = dict(on_text=terminal.on_text, on_step=terminal.on_step)
-    results = generate(trained, documents, seeds, **settings, draw=drawing, max_batch=args.max_batch, **calls)
+    calls = dict(on_text=terminal.on_text, on_step=terminal.on_step, max_batch=args.max_batch)
+    results = generate(trained, documents, seeds, draw=draw_at_once, **settings, **calls)
     settings |= {"free": args.free} | ({"image": Path(args.image).name} if args.image else {})
     notes = ", ".join(f"{name} {value}" for name, value in settings.items())
     notes = [f"checkpoint {ckpt}, seed {seed}, {notes}" for seed in seeds]

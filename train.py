@@ -6,14 +6,12 @@
     python train.py --config small --lr 1e-3 --out out/mine  any field of a preset can be overridden
     torchrun --nproc_per_node=8 train.py                     the paper's 0.16B model on eight GPUs
 
-Ctrl-C saves before it stops. A step is a function of (seed, step, row): however many processes share its
-rows, and however many micro-batches each cuts its share into, the global batch, its noise and its loss are
-the same.
+Ctrl-C saves before it stops. A step is a function of (seed, step, row): its batch, noise and loss do not
+depend on how many processes share its rows, nor on how many micro-batches they cut them into.
 
-Read `losses` and `train_step`, then `train`. What a preset does not name keeps the paper's value.
+Read `losses` and `train_step`, then `train`; skip `set_up` at first.
 """
 
-import itertools
 import math
 import time
 from contextlib import nullcontext
@@ -23,8 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import extras  # first: Ctrl-C while torch is imported ends in a line
-
+import extras  # before torch, so that Ctrl-C during its import prints one line
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -95,27 +92,27 @@ class Config:
         extras.check(self)
 
 
-# A preset names what differs from the defaults, which are the paper's; the paper's values stand beside.
+# A preset names what differs from the defaults, which are the paper's.
 SMALL = dict(dim=128, n_layers=6, n_heads=4, mlp_multiple=64, unet_channels=64, unet_blocks=1)
-SMALL |= dict(unet_norm="group")  # layer; in a trial of one seed group norms learned a little more
-SMALL |= dict(patch_size=4)  # 2; but with half of the VAE's downsampling: a patch is 16 pixels in both
-SMALL |= dict(qk_norm=True)  # none; it allows ten times the learning rate
-SMALL |= dict(grammar="places", image_size=32, seq_len=112)  # a row is seven images with captions
-SMALL |= dict(merges=512)  # "at the top left" is one token instead of sixteen bytes
-SMALL |= dict(text_fraction=0.0)  # 0.5; the captions are all the text there is to learn
-SMALL |= dict(caption_first=0.3)  # 0.8; drawing is learned sooner than describing
-SMALL |= dict(image_first_max_t=500)  # 1000, and 500 in an ablation (section 4.3)
-SMALL |= dict(prediction="v")  # eps; learns as fast, and no step divides by a vanishing alpha_t
-SMALL |= dict(t_draw="logit_normal", t_mean=0.7, t_std=1.4)  # uniform; high noise decides colours, places
-SMALL |= dict(steps=12, sampler="ddim")  # 250, ancestral; 25 steps drew no more prompts right
+SMALL |= dict(unet_norm="group")  # paper: layer; in one trial group norms learned a little more
+SMALL |= dict(patch_size=4)  # paper: 2, of a VAE that halves once more: a patch is 16 pixels in both
+SMALL |= dict(qk_norm=True)  # paper: none; it allows ten times the learning rate
+SMALL |= dict(grammar="places", image_size=32, seq_len=112)  # paper: 256, 4096
+SMALL |= dict(merges=512)  # paper: 32,000 tokens; "at the top left" becomes one instead of 16 bytes
+SMALL |= dict(text_fraction=0.0)  # paper: 0.5; the captions are all the text there is to learn
+SMALL |= dict(caption_first=0.3)  # paper: 0.8; drawing is learned sooner than describing
+SMALL |= dict(image_first_max_t=500)  # paper: 1000, and 500 in an ablation (section 4.3)
+SMALL |= dict(prediction="v")  # paper: eps; v learns as fast, and no step divides by a vanishing alpha_t
+SMALL |= dict(t_draw="logit_normal", t_mean=0.7, t_std=1.4)  # paper: uniform; high noise decides the scene
+SMALL |= dict(steps=12, sampler="ddim")  # paper: 250, ancestral; 25 steps drew no more prompts right
 SMALL |= dict(vae_channels=64, vae_channel_multiples=(1,), vae_n_res=0, vae_unshuffle=4)
 SMALL |= dict(vae_mid_attention=False, vae_steps=500, vae_batch=32, vae_lr=4e-3, vae_warmup=100)
-SMALL |= dict(vae_optimizer="muon", vae_bf16=True)  # AdamW in float32 needs four times as many images
-SMALL |= dict(vae_latent_channels=4, vae_kl_weight=0.01)  # 8, 1e-6; easier to diffuse
-SMALL |= dict(vae_perceptual_weight=0.0, vae_disc_weight=0.0)  # 1, 0.5; flat shapes need neither
-SMALL |= dict(optimizer="muon")  # AdamW; it learns in a quarter of the steps which object is where
-SMALL |= dict(rows=8, micro_rows=0, max_steps=1000)  # 512 rows of 4096, 250,000 steps
-SMALL |= dict(lr=3e-3, min_lr=0.0, warmup=100, beta2=0.98, ema=0.996)  # 3e-4, 1.5e-5, 4000, 0.95
+SMALL |= dict(vae_optimizer="muon", vae_bf16=True)  # paper: open; AdamW needs four times as many images
+SMALL |= dict(vae_latent_channels=4, vae_kl_weight=0.01)  # paper: 8, 1e-6; this is easier to diffuse
+SMALL |= dict(vae_perceptual_weight=0.0, vae_disc_weight=0.0)  # paper: 1, 0.5; flat shapes need neither
+SMALL |= dict(optimizer="muon")  # paper: AdamW; Muon learns in a quarter of the steps what is where
+SMALL |= dict(rows=8, micro_rows=0, max_steps=1000)  # paper: 512, 250,000
+SMALL |= dict(lr=3e-3, min_lr=0.0, warmup=100, beta2=0.98, ema=0.996)  # paper: 3e-4, 1.5e-5, 4000, 0.95
 SMALL |= dict(compile="off", workers=0)  # compiling takes as long as the training
 SMALL |= dict(log_every=100, eval_every=500, judged=200)
 PRESETS = {**SIZES, "7b": SIZES["7b"] | dict(micro_rows=1, fsdp=True), "small": SMALL}
@@ -130,14 +127,10 @@ PRESETS["rich"] |= dict(vae_channels=128, vae_steps=10_000, vae_batch=32)
 DERIVED = {"vocab_size", "latent_channels", "latent_size"}  # no options: they follow from tokenizer and VAE
 
 
-def preset(name):
-    """The options of a preset, this file's or an extra's."""
-    return PRESETS[name] if name in PRESETS else SMALL | extras.preset(name)
-
-
 def read_options(argv=None, description=__doc__.split("\n")[0], **more):
     """The command line -> (Config, all that argparse found). more: {option: help} besides."""
     names, more = [*PRESETS, *extras.PRESETS], more | dict(hidden=DERIVED, check=refuse_idle)
+    preset = lambda name: PRESETS[name] if name in PRESETS else SMALL | extras.preset(name)
     return cli.read_options(Config, preset, names, argv, description, default="0.16b", **more)
 
 
@@ -150,83 +143,77 @@ def parse(argv=None):
 # ---- The objective -------------------------------------------------------------------------------
 
 
-def losses(model, ddpm, batch, x_0, t, eps, mask=transfusion_mask):
-    """The two losses of the paper: of each position (B, S), 0 without a target, and of each image (N,).
-
-    mask: makes the mask of (image_id, doc_id), once for all layers of the model.
-    """
+def losses(model, ddpm, batch, x_0, t, eps, make_mask=transfusion_mask):
+    """The two losses of the paper: of each position (B, S), 0 without a target, and of each image (N,)."""
     x_t = ddpm.q_sample(x_0, t, eps)  # (N, C, h, w), eq. 2: noise the latents, one t an image
-    seen = mask(batch.image_id, batch.doc_id)  # (B, 1, S, S)
+    mask = make_mask(batch.image_id, batch.doc_id)  # (B, 1, S, S), once for all layers
     # One transformer over both: logits (B, S, vocab_size), prediction (N, C, h, w).
-    logits, prediction = model(batch.tokens, batch.image_id, batch.positions, seen, x_t, t)
+    logits, prediction = model(batch.tokens, batch.image_id, batch.positions, mask, x_t, t)
     logits, targets = logits.flatten(0, 1).float(), batch.targets.flatten()
     lm = F.cross_entropy(logits, targets, ignore_index=NO_LOSS, reduction="none")  # eq. 1, text alone
     return lm.view_as(batch.targets), ddpm.loss(prediction, x_0, t, eps)  # eq. 3
 
 
 class Objective:
-    """The two losses of the paper. (The baseline, Chameleon, has another one, of the same form.)
-
-    mask: makes the mask of (image_id, doc_id), once for all layers; autocast: enters the model's precision.
-    """
+    """The sums of the two losses over a batch. (The baseline, Chameleon, has another class of this form.)"""
 
     NAMES = ("lm", "ddpm")  # what the log calls the two losses
 
-    def __init__(self, config, vae, ddpm, tokenizer, mask, device, autocast):
-        self.config, self.vae, self.ddpm, self.mask = config, vae, ddpm, mask
-        self.device, self.autocast = device, autocast
+    def __init__(self, config, vae, ddpm, tokenizer, make_mask, device, autocast):
+        self.config, self.vae, self.ddpm, self.make_mask = config, vae, ddpm, make_mask
+        self.device, self.autocast = device, autocast  # autocast() enters the model's precision
 
     def counts(self, batch):
         """How many text targets and noised images a Batch holds."""
         return int((batch.targets != NO_LOSS).sum()), int((batch.max_t > 0).sum())
 
     @torch.no_grad()
-    def noised(self, batch, rows, key, t_draw=None):
-        """A Batch on the device, its clean latents (N, C, h, w), timesteps (N,) and noise like the latents.
+    def latents_and_noise(self, batch, row_numbers, key, t_draw=None):
+        """The Batch on the device, clean latents (N, C, h, w), timesteps (N,), and noise like the latents.
 
-        rows: the numbers of its rows. The seed, `key` and the row's number fix the posterior draw, t and eps,
-        however the rows are divided.
+        The seed, `key` and a row's number fix its posterior draw, t and eps, however the rows are divided.
+        key: (1, step) in training and (2, step) in validation, so that their random streams are separate.
         """
         c = self.config.model
         images_of_row = ((batch.image_id >= 0).sum(1) // c.n_patches).tolist()
-        batch, draws = batch.to(self.device), []
-        for row, max_t in zip(rows, batch.max_t.split(images_of_row)):
+        batch, noise_of_rows = batch.to(self.device), []
+        for row, max_t in zip(row_numbers, batch.max_t.split(images_of_row)):
             seed = np.random.SeedSequence([self.config.seed, *key, row]).generate_state(1)[0]
             generator = torch.Generator(self.device).manual_seed(int(seed))
             shape = (2, len(max_t), c.latent_channels, c.latent_size, c.latent_size)
-            of_posterior, eps = torch.randn(shape, generator=generator, device=self.device)
-            draws.append((of_posterior, self.ddpm.draw_timesteps(max_t, generator, t_draw), eps))
-        of_posterior, t, eps = (torch.cat(parts) for parts in zip(*draws))
+            posterior_noise, eps = torch.randn(shape, generator=generator, device=self.device)
+            t = self.ddpm.draw_timesteps(max_t, generator, t_draw)
+            noise_of_rows.append((posterior_noise, t, eps))
+        posterior_noise, t, eps = (torch.cat(parts) for parts in zip(*noise_of_rows))
         if not len(eps):
-            return batch, eps, t, eps
+            return batch, eps, t, eps  # no images: eps is empty, and serves as x_0
         with self.autocast():
-            encoded = self.config.extra.latents  # ahead: then `images` are means and log-variances
+            encoded = self.config.extra.latents  # ahead: then `images` are their means and log-variances
             posterior = batch.images.chunk(2, dim=1) if encoded else self.vae.posterior(batch.images)
-        x_0 = self.vae.to_latents(*posterior, of_posterior)
-        return replace(batch, images=x_0.new_empty(0)), x_0, t, eps
+        x_0 = self.vae.to_latents(*posterior, posterior_noise)
+        return replace(batch, images=x_0.new_empty(0)), x_0, t, eps  # the pixels are no longer needed
 
-    def each(self, model, batch, x_0, t, eps):
-        """The losses of each position (B, S) and each image (N,)."""
-        with self.autocast():
-            return losses(model, self.ddpm, batch, x_0, t, eps, self.mask)
-
-    def sums(self, model, batch, rows, key):
+    def loss_sums(self, model, batch, row_numbers, key):
         """The sum of the text targets' losses, and that of the noised images'."""
-        batch, x_0, t, eps = self.noised(batch, rows, key)
-        lm, ddpm = self.each(model, batch, x_0, t, eps)
-        return lm.sum(), (ddpm * (t > 0)).sum()
+        batch, x_0, t, eps = self.latents_and_noise(batch, row_numbers, key)
+        with self.autocast():
+            lm, image = losses(model, self.ddpm, batch, x_0, t, eps, self.make_mask)
+        return lm.sum(), (image * (t > 0)).sum()
 
-    def measured(self, model, batch, rows, key):
-        """For validation, with t drawn uniformly: {name: (sum of the losses, how many they are)}."""
-        batch, x_0, t, eps = self.noised(batch, rows, key, t_draw="uniform")
-        each = partial(self.each, model)
-        lm, ddpm = each(batch, x_0, t, eps)
+    def validation_sums(self, model, batch, row_numbers, key):
+        """With t drawn uniformly: {name: (sum of the losses, how many they are)}."""
+        batch, x_0, t, eps = self.latents_and_noise(batch, row_numbers, key, t_draw="uniform")
+        losses_of = partial(losses, model, self.ddpm, make_mask=self.make_mask)
+        with self.autocast():
+            lm, image = losses_of(batch, x_0, t, eps)
+            gap_sums = gap.measure(losses_of, self.ddpm.timesteps, batch, x_0, t, eps, lm, image)
         is_target = batch.targets != NO_LOSS
         found = {"val_lm": (lm[is_target].sum().item(), int(is_target.sum()))}
         quarter = torch.where(t > 0, (t - 1) * 4 // self.ddpm.timesteps, -1)  # (N,): of the range of t
-        for name, some in (("val_ddpm", t > 0), *((f"val_ddpm_q{n + 1}", quarter == n) for n in range(4))):
-            found[name] = sum(ddpm[some].tolist()), int(some.sum())
-        return found | gap.measure(each, self.ddpm.timesteps, batch, x_0, t, eps, lm, ddpm)
+        chosen = {"val_ddpm": t > 0} | {f"val_ddpm_q{n + 1}": quarter == n for n in range(4)}
+        for name, is_chosen in chosen.items():
+            found[name] = sum(image[is_chosen].tolist()), int(is_chosen.sum())
+        return found | gap_sums
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -243,30 +230,32 @@ def train_step(run):
     """Take one optimiser step -> log values; `fill` is the share of positions that are not padding."""
     config, objective = run.config, run.objective
     rate = learning_rate(config, run.step)
-    for group in itertools.chain(*(optimizer.param_groups for optimizer in run.optimizers)):
-        group["lr"] = rate
-    micro_batches = [(next(run.loader), rows) for rows in run.loader.rows]  # (Batch, its rows' numbers)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    micro_batches = [(next(run.loader), row_numbers) for row_numbers in run.loader.rows]
 
     # The means of eq. 1 and eq. 3 are over the whole step. Micro-batches hold unequal numbers of targets and
     # images, so a mean of means would be wrong.
-    counts = zip(*(objective.counts(batch) for batch, _ in micro_batches))
-    targets, images = (max(1.0, n) for n in total([sum(each) for each in counts], run.device))
-    lm, ddpm = 0.0, 0.0
-    for n, (batch, rows) in enumerate(micro_batches):
+    counts = np.sum([objective.counts(batch) for batch, _ in micro_batches], axis=0)  # (2,)
+    n_targets, n_images = (max(1.0, n) for n in total(counts.tolist(), run.device))
+    lm_total, image_total = 0.0, 0.0
+    for n, (batch, row_numbers) in enumerate(micro_batches):
         synchronise(run.parallel, run.ranks, last=n == len(micro_batches) - 1)
-        text_sum, image_sum = objective.sums(run.parallel, batch, rows, (1, run.step))
-        text, image = text_sum / targets, image_sum / images
-        loss = text + config.lambda_ddpm * image  # eq. 4
+        lm_sum, image_sum = objective.loss_sums(run.parallel, batch, row_numbers, (1, run.step))
+        lm, image = lm_sum / n_targets, image_sum / n_images
+        loss = lm + config.lambda_ddpm * image  # eq. 4
         (loss * run.ranks).backward()  # times ranks: DDP and FSDP average the gradients, and a sum is wanted
-        lm, ddpm = lm + text.detach(), ddpm + image.detach()
+        lm_total += lm.detach()
+        image_total += image.detach()
 
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    gradient_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     flops = sum(costs.batch_flops(run.model, batch) for batch, _ in micro_batches)
     filled = sum(int((batch.doc_id != PADDING).sum()) for batch, _ in micro_batches)
-    lm, ddpm, flops, filled = total([lm, ddpm, flops, filled], run.device)
-    if not math.isfinite(lm + ddpm + norm):  # before the weights are touched, so that they stay good
-        found = f"the loss is {lm + config.lambda_ddpm * ddpm:g} and its gradient's norm {norm:g}"
+    lm, image, flops, filled = total([lm_total, image_total, flops, filled], run.device)  # of the whole step
+    if not math.isfinite(lm + image + gradient_norm):  # before it touches the weights
+        found = f"the loss is {lm + config.lambda_ddpm * image:g} and its gradient's norm {gradient_norm:g}"
         advice = f"lower --lr (now {config.lr:g}) or --clip; --resume goes on from the last checkpoint"
         raise FloatingPointError(f"{found} at step {run.step}: {advice} in {run.out}")
     for optimizer in run.optimizers:
@@ -274,69 +263,76 @@ def train_step(run):
         optimizer.zero_grad(set_to_none=True)
     run.average.update(min(config.ema, (1 + run.step) / (10 + run.step)))  # warmed up
     run.step += 1
-    values = {name: value for name, value in (("lm", lm), ("ddpm", ddpm)) if name in objective.NAMES}
-    return values | dict(norm=norm, lr=rate, fill=filled / (config.rows * config.data.seq_len), flops=flops)
+    fill = filled / (config.rows * config.data.seq_len)
+    return dict(zip(objective.NAMES, (lm, image)), norm=gradient_norm, lr=rate, fill=fill, flops=flops)
 
 
 @torch.no_grad()
 def validate(run):
     """The losses of the averaged weights on held-out documents: {name: mean}."""
-    sums = {}
+    sums = {}  # {name: (2,): the sum of the losses, how many they are}
     with run.average.applied():
         run.parallel.eval()
         for n, batch in enumerate(run.validation):
-            step, part = divmod(n, len(run.loader.rows))
-            found = run.objective.measured(run.parallel, batch, run.loader.rows[part], (2, step))
-            sums = {name: np.add(sums.get(name, 0.0), each) for name, each in found.items()}
+            step, micro_batch = divmod(n, len(run.loader.rows))
+            row_numbers = run.loader.rows[micro_batch]
+            found = run.objective.validation_sums(run.parallel, batch, row_numbers, (2, step))
+            for name, sum_and_count in found.items():
+                sums[name] = sums.get(name, 0.0) + np.array(sum_and_count)
         run.parallel.train()
-    summed = total(np.concatenate(list(sums.values())).tolist(), run.device)
-    return gap.summary({name: each for name, *each in zip(sums, summed[0::2], summed[1::2])})
+    summed = np.reshape(total(np.concatenate(list(sums.values())).tolist(), run.device), (-1, 2))
+    return gap.summary(dict(zip(sums, summed.tolist())))
 
 
 # ---- Set-up --------------------------------------------------------------------------------------
 
 
 def set_up(config, resume=False):
-    """A run, one in each process: its data, its models, its optimiser, and where it stands."""
+    """A run, one in each process: its data, its models, its optimisers, and where it stands.
+
+    run.model: the network. run.parallel: the same in DDP or FSDP; training calls this. run.average: its EMA.
+    run.loader: batches, and `rows`, the row numbers of each of a step. run.validation: held-out batches.
+    """
     rank, ranks, device = join(cli.pick_device(config.device))
     run = SimpleNamespace(config=config, rank=rank, ranks=ranks, device=device, out=Path(config.out), step=0)
     run.checkpoint = run.out / "checkpoint.pt"
     machine.check(run, resume)
-    state = read_checkpoint(run) if resume else None
-    start = None if state else extras.open_start(run, load)
+    saved_state = read_checkpoint(run) if resume else None
+    initial = None if saved_state else extras.open_start(run, load)  # what --init_from names
 
     # The tokenizer and the VAE, then the model, three of whose sizes follow from these two.
-    run.tokenizer, run.vae = extras.tokenizer_and_vae(run, state, start, resume)
-    config.model = extras.sized(run, state)
+    run.tokenizer, run.vae = extras.tokenizer_and_vae(run, saved_state, initial, resume)
+    config.model = extras.sized(run, saved_state)
     torch.manual_seed(config.seed)
-    run.model = extras.first_model(run, start).to(device)
+    run.model = extras.first_model(run, initial).to(device)
     config.model = run.model.config
     undecayed = extras.freeze(run) if config.freeze_text else ()
-    bf16, compiled, mask = machine.machine(config, device)
+    bf16, compiled, make_mask = machine.machine(config, device)
     run.parallel = wrap(run, bf16, compiled)
     run.average = Average(run.model)
     run.ddpm = DDPM(**asdict(config.diffusion)).to(device)
     run.optimizers = make_optimizers(run.model, config, undecayed)
     autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
-    run.objective = extras.objective(run, Objective, mask, autocast)
+    run.objective = extras.objective(run, Objective, make_mask, autocast)
 
     # The data. Validation batches have the shape of training's, so that nothing is compiled anew.
     run.loader = extras.open_loader(run, "train", config.data.workers)
-    held_out, run.validation, images = extras.open_loader(run, "held_out", 0), [], 0
-    while images < config.eval_documents:
+    held_out = extras.open_loader(run, "held_out", 0)
+    run.validation, n_images = [], 0
+    while n_images < config.eval_documents:
         run.validation.append(next(held_out))
         # Images of all processes are counted, so all stop together. A text-only batch counts as one.
-        images += total([max(1, len(run.validation[-1].images))], device)[0]
-    if state:
-        restore(run, state)
-    run.log = Log(run, state)  # only now that nothing can be wrong with the options
+        n_images += total([max(1, len(run.validation[-1].images))], device)[0]
+    if saved_state:
+        restore(run, saved_state)
+    run.log = Log(run, saved_state)  # only now that nothing can be wrong with the options
     return run
 
 
-# ---- What is kept --------------------------------------------------------------------------------
+# ---- The loop ------------------------------------------------------------------------------------
 
 
-def trained(run):
+def averaged_model(run):
     """The averaged weights, as sample.py and evaluate.py take them; in every process but the first None."""
     weights, config = averaged_weights(run), run.config
     if run.rank:
@@ -344,9 +340,6 @@ def trained(run):
     model = extras.new_model(config.model, config.extra).to(run.device).eval().requires_grad_(False)
     model.load_state_dict(weights)
     return Trained(model, run.vae, run.ddpm, run.tokenizer, config.data, config.sampling, config.extra)
-
-
-# ---- The loop ------------------------------------------------------------------------------------
 
 
 def train(config, resume=False):
@@ -367,13 +360,14 @@ def train(config, resume=False):
             if run.step % config.eval_every == 0 or last:
                 run.log.validation(run.step, validate(run))
                 save(run)
+                model = averaged_model(run)  # in all processes; the first one draws
                 sheet = run.out / f"samples_{run.step:06d}.png"
-                first(partial(extras.draw_held_out, trained(run), config.seed, sheet))
+                first(partial(extras.draw_held_out, model, config.seed, sheet))
             if any(total([interrupt.asked], run.device)):  # in all processes, whichever was told
                 save(run)
                 raise KeyboardInterrupt
 
-    model = trained(run)
+    model = averaged_model(run)
     if model:
         print(f"trained in {time.time() - began:.0f} s; 3. the evaluation", flush=True)
         scores = evaluate(model, config.judged) | {"validation": run.log.found}
@@ -390,7 +384,7 @@ def main():
     config, resume = parse()
     machine.claim(config, resume)
     if not resume:
-        rehearse(config, set_up, train_step, validate, trained, evaluate)
+        rehearse(config, set_up, train_step, validate, averaged_model, evaluate)
     train(config, resume)
 
 

@@ -433,11 +433,11 @@ def freeze(run):
     return undecayed
 
 
-def objective(run, ordinary, mask, autocast):
+def objective(run, ordinary, make_mask, autocast):
     """The objective of a run: the baseline's, or of the `ordinary` class."""
     chameleon = baseline(run.config.extra)
     kind = chameleon.Objective if chameleon else ordinary
-    return kind(run.config, run.vae, run.ddpm, run.tokenizer, mask, run.device, autocast)
+    return kind(run.config, run.vae, run.ddpm, run.tokenizer, make_mask, run.device, autocast)
 
 
 # ---- Sampling and scores -------------------------------------------------------------------------

@@ -71,8 +71,8 @@ def test_losses_of_a_mixed_batch(z_loss):
     batch = fill_codes(collate([[[[65], picture(1)]], [[picture(2), [66]]]], T, 16, 9), V + torch.randint(CODES, (2, 9)))
     config = SimpleNamespace(extra=SimpleNamespace(z_loss=z_loss))
     objective = Objective(config, None, None, T, partial(transfusion_mask, causal=True), "cpu", nullcontext)
-    lm = objective.each(model, batch, z_loss)
-    assert [part.item() for part in objective.sums(model, batch, range(2), (0,))] == [lm.sum().item(), 0.0]
+    lm = objective.token_losses(model, batch, z_loss)
+    assert [part.item() for part in objective.loss_sums(model, batch, range(2), (0,))] == [lm.sum().item(), 0.0]
     with torch.no_grad():
         logits, _ = model(batch.tokens, batch.image_id, batch.positions, transfusion_mask(batch.image_id, batch.doc_id, causal=True))
     for b, p in np.ndindex(2, 16):

@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate as evaluate_module
 import extras
 from data import Tokenizer
-from evaluate import draw, evaluate, perplexity
+from evaluate import draw_images, evaluate, perplexity
 from extras.judge import ASPECTS, components, exact, judge, parse_caption, read_scene
 from extras.metrics import cider, clip_metric, frechet_distance, inception_features, latent_features, words
 from extras.pairs import Pairs
@@ -283,7 +283,7 @@ def test_accuracies_count_what_is_right(wrong):
 def test_prompts_are_judged_by_the_pictures_drawn():
     pairs = [Scenes().pair(i) for i in range(7)]
     captions = [caption for caption, _ in pairs]
-    pictures = draw(tiny_trained(flat_model(Tokenizer())), captions, generate=truth(pairs))
+    pictures = draw_images(tiny_trained(flat_model(Tokenizer())), captions, generate=truth(pairs))
     found = exact("places")(pictures, pictures, captions, [[caption] for caption in captions])["prompts"]
     assert found == dict.fromkeys(ASPECTS, 1.0) and np.array_equal(pictures[3], pairs[3][1]())
 
@@ -370,7 +370,7 @@ def test_real_data_is_scored_by_cider_and_the_distance_of_latents(wrong, tmp_pat
         assert (found["cider"] > 9) == (not wrong) and found["latent_frechet_distance"] == pytest.approx(0, abs=1e-6)  # the same pictures, in another order
     table = format_scores(scores)
     assert "CIDEr-D" in table and "not FID" in table and "no FID: give --inception" in table and "no CLIP score: give --clip" in table
-    monkeypatch.setattr(evaluate_module, "draw", lambda trained, captions, *_: [np.zeros((32, 32, 3), np.uint8)] * len(captions))
+    monkeypatch.setattr(evaluate_module, "draw_images", lambda trained, captions, *_: [np.zeros((32, 32, 3), np.uint8)] * len(captions))
     assert all(found["latent_frechet_distance"] > 1 for found in evaluate(trained, judged=5, generate=truth(pairs, wrong))["splits"].values())
 
 

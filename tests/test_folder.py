@@ -255,7 +255,7 @@ def test_a_full_disk_is_one_sentence_with_the_file_and_the_cause(trained_vae, tm
     sheet = tmp_path / "samples.png"
     monkeypatch.setattr(extras.room("show"), "contact_sheet", lambda *_, **__: Image.effect_noise((500, 500), 50))
     write = {"checkpoint.pt": lambda: save(run), "scores.json": lambda: runs.write_json(tmp_path / "scores.json", list(range(10**5))),
-             "samples.png": lambda: extras.draw_held_out(recipe.trained(run), 0, sheet, n=1),
+             "samples.png": lambda: extras.draw_held_out(recipe.averaged_model(run), 0, sheet, n=1),
              "log.jsonl": lambda: [run.log.write(1, {"lm": 1.0}) for _ in range(10**4)]}  # fmt: skip
     for name, work in write.items():
         with disk_of(100_000), pytest.raises(OSError) as error:

@@ -34,8 +34,8 @@ def mixed(rows, model, seed=0):
     return batch, x_0, torch.randint(1, 1001, (n,), generator=generator), eps
 
 
-def measured(model, rows, mask=transfusion_mask):
-    losses = partial(train.losses, model, DDPM(), mask=mask)
+def measured(model, rows, make_mask=transfusion_mask):
+    losses = partial(train.losses, model, DDPM(), make_mask=make_mask)
     parts = mixed(rows, model)
     with torch.no_grad():
         lm, ddpm = losses(*parts)

@@ -44,7 +44,7 @@ def test_training_on_latents_encoded_once_equals_encoding_on_the_fly(pictures, t
     for _ in range(3):
         a, b = train_step(plain), train_step(cached)
         assert a["lm"] == pytest.approx(b["lm"], abs=2e-3) and a["ddpm"] == pytest.approx(b["ddpm"], abs=2e-3)
-    (x_0, _, _), (y_0, _, _) = (run.objective.noised(next(run.loader), range(4), [9])[1:] for run in (plain, cached))
+    (x_0, _, _), (y_0, _, _) = (run.objective.latents_and_noise(next(run.loader), range(4), [9])[1:] for run in (plain, cached))
     assert len(x_0) and torch.allclose(x_0, y_0, atol=2e-2) and not torch.equal(x_0, y_0)
 
 

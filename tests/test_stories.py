@@ -208,7 +208,7 @@ def test_a_step_counts_no_loss_on_clean_pictures(small_run, tmp_path):
     run = set_up(*parse(flags(**options)))
     again = set_up(*parse(flags(**options | dict(out=tmp_path / "again"))))
     (rows,) = again.loader.rows
-    batch, x_0, t, eps = again.objective.noised(next(again.loader), rows, (1, again.step))
+    batch, x_0, t, eps = again.objective.latents_and_noise(next(again.loader), rows, (1, again.step))
     assert ((t == 0) == (batch.max_t == 0)).all() and (batch.max_t[0::2] == 0).all() and (batch.max_t[1::2] == 1000).all()
     with torch.no_grad():
         _, per_image = losses(again.model, again.ddpm, batch, x_0, t, eps)

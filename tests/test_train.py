@@ -22,7 +22,7 @@ from extras.runs import load_checkpoint, save_checkpoint
 from extras.scenes import Scenes
 from model import SIZES
 from sample import load
-from train import PRESETS, Config, Objective, averaged_weights, learning_rate, parse, save, set_up, train_step, trained, validate
+from train import PRESETS, Config, Objective, averaged_model, averaged_weights, learning_rate, parse, save, set_up, train_step, validate
 
 
 def config_of(out, **change):
@@ -179,7 +179,7 @@ def test_validation_leaves_training_as_it_was(trained_vae, tmp_path):
     a, b = (set_up(config_of(tmp_path / name, vae=trained_vae)) for name in "ab")
     train_step(a), train_step(b)
     assert validate(a) == validate(a)
-    draw_held_out(trained(a), 0, tmp_path / "x.png", n=2)
+    draw_held_out(averaged_model(a), 0, tmp_path / "x.png", n=2)
     assert train_step(a) == train_step(b)
 
 
@@ -201,7 +201,7 @@ def test_validation_compiles_nothing_anew(trained_vae, tmp_path):
 
 def test_each_micro_batch_is_prepared_as_it_is_run(trained_vae, tmp_path, monkeypatch):
     """Or the pictures of a whole step would lie on the GPU at once."""
-    run, order, prepare = set_up(config_of(tmp_path / "out", vae=trained_vae, rows=4, micro_rows=2)), [], Objective.noised
+    run, order, prepare = set_up(config_of(tmp_path / "out", vae=trained_vae, rows=4, micro_rows=2)), [], Objective.latents_and_noise
 
     def spy(objective, *args, **kwargs):
         order.append("prepare")
@@ -209,7 +209,7 @@ def test_each_micro_batch_is_prepared_as_it_is_run(trained_vae, tmp_path, monkey
         assert not found[0].images.numel() and len(found[1])
         return found
 
-    monkeypatch.setattr(Objective, "noised", spy)
+    monkeypatch.setattr(Objective, "latents_and_noise", spy)
     run.model.register_forward_pre_hook(lambda *_: order.append("forward"))
     train_step(run)
     assert order == ["prepare", "forward"] * 2
@@ -313,7 +313,7 @@ def test_images_without_noise_have_no_loss(trained_vae, tmp_path):
     run = set_up(config_of(tmp_path / "out", vae=trained_vae))
     batch = next(run.loader)
     batch.max_t[:] = 0
-    batch, x_0, t, eps = run.objective.noised(batch, range(len(batch.tokens)), (0,))
+    batch, x_0, t, eps = run.objective.latents_and_noise(batch, range(len(batch.tokens)), (0,))
     assert len(t) and (t == 0).all() and torch.equal(run.ddpm.q_sample(x_0, t, eps), x_0)
 
 

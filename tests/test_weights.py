@@ -267,7 +267,7 @@ def test_the_mask_is_that_of_the_model_that_is_trained(theirs, ours, trained_vae
     for attention, resume in ((theirs, False), (ours, True)):
         run = set_up(config("second", image_attention=attention, **options), resume)
         assert run.config.model.image_attention == run.model.config.image_attention == theirs
-        assert torch.equal(run.objective.mask(torch.zeros(1, 2, dtype=torch.long))[0, 0], torch.tensor([[True, theirs == "bidirectional"], [True, True]]))
+        assert torch.equal(run.objective.make_mask(torch.zeros(1, 2, dtype=torch.long))[0, 0], torch.tensor([[True, theirs == "bidirectional"], [True, True]]))
         save(run)
 
 
