@@ -341,13 +341,14 @@ class Pairs:
     """
 
     SPLITS = ("train", "seen", "held_out")
+    find = staticmethod(find)
 
     def __init__(
         self, path, image_size, split="train", seed=0, max_broken=0.05, cache="", latents="", by_folder=False
     ):
         self.options = path, image_size, split, seed, max_broken, cache, latents, by_folder
         self.image_size, found = image_size, Found("pictures with captions")
-        self.places, key, records = find(Path(path), found)
+        self.places, key, records = self.find(Path(path), found)
 
         def rows():
             for name, captions, *where in records:
@@ -364,7 +365,7 @@ class Pairs:
         return len(self.table)
 
     def __reduce__(self):
-        return Pairs, self.options
+        return type(self), self.options
 
     def _texts(self, row):
         """Name and captions of a row of the table."""
@@ -402,8 +403,8 @@ class Pairs:
         return self._where(self.table.at(index)[0])[0]
 
 
-def open_sources(config, split="train", seed=0):
-    """The source of pairs that --data names, of one path or of several with weights."""
+def open_sources(config, split="train", seed=0, kind_of=lambda path: Pairs):
+    """The source that --data names, of one path or of several with weights. kind_of(path): its class."""
     data, extra, sources, weights = config.data, config.extra, [], []
     for number, item in enumerate(listed("data", extra.data)):
         path, weight = weighted(item)
@@ -412,6 +413,6 @@ def open_sources(config, split="train", seed=0):
         latents = str(Path(extra.latents) / str(number)) if extra.latents else ""
         more = dict(max_broken=data.max_broken, cache=extra.cache, latents=latents)
         more |= dict(by_folder=getattr(extra, "by_folder", False))
-        sources.append(Pairs(path, data.image_size, split, seed, **more))
+        sources.append(kind_of(path)(path, data.image_size, split, seed, **more))
         weights.append(weight)
     return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]

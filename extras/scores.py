@@ -18,7 +18,8 @@ def format_scores(scores):
     for split, found in splits.items():
         judged = {what: found[what] for what in ("prompts", "captions") if what in found}
         for what, aspects in (judged | found.get("changes", {})).items():
-            shares.append((f"{split}, {what}", {"n": found["n"], "right": aspects["all"], **aspects}))
+            right = {"right": aspects["all"]} if "all" in aspects else {}
+            shares.append((f"{split}, {what}", {"n": found["n"], **right, **aspects}))
         if "perplexity_per_token" in found:
             numbers.append(f"{split:24}{perplexities(found)}")
         known = [name for name in NAMES if name in found]

@@ -77,6 +77,7 @@ class Mixture:
         return getattr(self.sources[which], method)(number)
 
     pair = partialmethod(_ask, "pair")  # (caption, load) of pair number `index`
+    parts = partialmethod(_ask, "parts")  # of documents that are no pairs (extras/interleaved.py)
     captions = partialmethod(_ask, "captions")  # all that is written about its image
     name = partialmethod(_ask, "name")  # what messages call it
 
