@@ -219,7 +219,10 @@ def inspect_llama(folder, config):
     config = cli.make(TransfusionConfig, asdict(config) | sizes, path)
     width = said.get("head_dim", config.head_dim)
     require(path, width == config.head_dim, f"head_dim is {width}, not hidden_size / num_attention_heads")
-    return config, said["tie_word_embeddings"], weight_files(folder, "model")
+    files = weight_files(folder, "model")
+    least, there = config.n_layers * config.dim**2, sum(file.stat().st_size for file in files)
+    require(path, least < there, f"asks for {least:,} weights or more; its files have {there:,} bytes")
+    return config, said["tie_word_embeddings"], files
 
 
 def check_vocabulary(path, tokenizer):

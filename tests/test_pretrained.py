@@ -377,7 +377,7 @@ def change_weight(change):
     """Change one weight of the third shard."""
 
     def change_it(folder):
-        weights = read_safetensors(file := folder / "model-00003-of-00003.safetensors")
+        weights = read_safetensors(file := folder / "model-00003-of-00003.safetensors")[0]
         name = next(name for name in weights if "mlp" in name)
         write_safetensors(file, weights | {name: change(weights[name])})
 
@@ -429,6 +429,8 @@ def forget(folder):
     (edit(vocab_size=32), "is of shape .*, not .* of the sizes in its config.json"),
     (edit(num_hidden_layers=1), "no place in a Llama"),
     (edit(num_hidden_layers=3), "9 weights are missing"),
+    (edit(num_hidden_layers=10**30), "config.json: asks for [0-9,]+ weights or more; its files have"),
+    (edit(hidden_size=10**8, head_dim=None), "config.json: asks for [0-9,]+ weights or more; its files have"),
     (edit(head_dim=16), "head_dim is 16"),
     (edit(num_key_value_heads=3), "n_kv_heads is 3"),
     (edit(num_key_value_heads="two"), "n_kv_heads is 'two'"),
