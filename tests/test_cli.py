@@ -13,6 +13,9 @@ from conftest import flags, run_here
 
 import extras
 from extras import cli
+from extras.rehearsal import rehearse
+from extras.sources import say
+from model import SIZES
 from train import DERIVED, PRESETS, Config, parse, read_options
 
 
@@ -325,3 +328,25 @@ def test_an_option_without_an_effect_is_refused(words):
 ], ids=" ".join)  # fmt: skip
 def test_an_option_with_an_effect_is_taken(words):
     parse(["--config", "small", *words])
+
+
+# ---- What is tried out first ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [*PRESETS, *extras.PRESETS])
+def test_on_a_cpu_a_trial_takes_seconds_or_is_left_out(config, capsys):
+    """The paper's sizes say so at once; the others try every stage, with a row and two images."""
+    say.cache_clear()
+    tried = []
+
+    def set_up(small):
+        tried.append((small.rows, small.micro_rows, small.autoencoder.batch, small.max_steps))
+        raise ValueError("reached")
+
+    parsed = parse(["--config", config, "--device", "cpu"] + ["--optimizer", "adamw"] * (config == "7b"))[0]
+    try:
+        rehearse(parsed, set_up, *[None] * 4)
+    except ValueError as error:
+        assert str(error) == "reached"
+    assert bool(tried) == (config not in SIZES) and set(tried) <= {(1, 0, 2, 1)}
+    assert ("no stage is tried out first" in capsys.readouterr().err) == (config in SIZES)
