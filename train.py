@@ -31,7 +31,7 @@ from attention_mask import PADDING, transfusion_mask
 from data import NO_LOSS, DataConfig
 from diffusion import DDPM, DiffusionConfig, SamplingConfig
 from evaluate import evaluate
-from extras import Choices, cli, costs, gap, machine, runs
+from extras import Choices, cli, costs, gap, machine, report, runs
 from extras.average import Average
 from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
 from extras.idle import refuse_idle
@@ -373,7 +373,8 @@ def train(config, resume=False):
         scores = evaluate(model, config.judged) | {"validation": run.log.found}
         print(format_scores(scores))
         runs.write_json(run.out / "scores.json", scores)
-        made = "checkpoint.pt, samples_*.png, log.jsonl, scores.json"
+        report.write(run.out, config)
+        made = "report.html, checkpoint.pt, samples_*.png, log.jsonl, scores.json"
         print(f"{time.time() - began:.0f} s in all. In {run.out}: {made}. Now try:")
         print("    " + extras.next_command(config, run.checkpoint))
     return run
