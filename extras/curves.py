@@ -19,7 +19,7 @@ def ticks(low, high, n=5):
 
 
 def draw_panel(title, lines):
-    """One diagram. lines: (label, steps, means, lows, highs) each; lows and highs bound a band -> PIL image."""
+    """A diagram. lines: (label, steps, means, lows, highs) each; the last two bound a band -> PIL image."""
     image = Image.new("RGB", (FINER * WIDTH, FINER * HEIGHT), "white")
     draw = ImageDraw.Draw(image, "RGBA")
     small, large = (ImageFont.load_default(size=FINER * size) for size in (11, 13))

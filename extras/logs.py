@@ -47,7 +47,7 @@ class Log:
         self.steps, self.seconds, self.flops = self.steps + 1, self.seconds + seconds, self.flops + flops
 
     def step(self, step, values, names):
-        """Log a training step, with the pace since the last line; some of it is said. names: of its losses."""
+        """Log a step, with the pace since the last line, and say some of it. names: of its losses."""
         values |= dict(flops=self.flops / self.steps, ms=1000 * self.seconds / self.steps)
         values |= dict(tokens_per_s=self.steps * self.tokens / self.seconds)
         texts = [f"iter {step:6}", *(f"{name} {values[name]:.3f}" for name in names)]

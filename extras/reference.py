@@ -71,7 +71,7 @@ def verdict(config, step, found):
 
 
 def collect(folders):
-    """The runs in some folders -> what `references` holds of a preset. Raises ValueError if settings differ."""
+    """Runs by their folders -> what `references` holds of a preset. Raises ValueError if settings differ."""
     configs = [runs.load_checkpoint(Path(folder) / "checkpoint.pt")["config"] for folder in folders]
     if any(settings(config) != settings(configs[0]) for config in configs):
         raise ValueError(f"{', '.join(folders)}: are not runs of the same settings")
