@@ -66,7 +66,7 @@ def page(title, options, scores, chart, sheets):
 
 
 def write(folder, config):
-    """Write report.html and curves.png of a run. config: a dataclass its defaults are the paper's."""
+    """Write report.html and curves.png of a run. config: a dataclass; its defaults are the paper's."""
     folder = Path(folder)
     with open(folder / "log.jsonl", encoding="utf-8") as file:
         panels = series([json.loads(line) for line in file])
