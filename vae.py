@@ -99,8 +99,8 @@ class MidAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (N, H W, C)
-        y = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # (N, 1, H W, C)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]  # fused kernels want four dimensions
         return x + self.out(y.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
@@ -168,6 +168,8 @@ class VAE(nn.Module):
         self.penalty_weight = config.kl_weight  # of what draw_latents returns second
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        if torch.cuda.is_available():
+            self.to(memory_format=torch.channels_last)  # as cuDNN wants it
 
     def posterior(self, pixels):
         """q(z | x), not standardised: (N, 3, H, W) in -1..1 -> mean and log-variance (N, C, H/f, W/f)."""
@@ -259,8 +261,6 @@ def train_vae(
     """
     config, device = vae.config, vae.latent_mean.device
     disc = PatchDiscriminator().to(device)
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    vae = vae.to(memory_format=layout)
     with_disc = config.disc_start < config.steps and config.disc_weight > 0
     adam = dict(lr=config.lr, betas=(0.5, 0.95), weight_decay=0.0, fused=True)
     optimizer = optimizer(vae.parameters(), **adam)
@@ -282,7 +282,7 @@ def train_vae(
         now = config.lr * min((step + 1) / config.warmup, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
         for group in optimizer.param_groups + disc_optimizer.param_groups:
             group["lr"] = now
-        x = images(step * config.batch, config.batch).to(device, memory_format=layout)
+        x = images(step * config.batch, config.batch).to(device)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         with autocast():
             z, penalty = vae.draw_latents(x, generator)

@@ -31,8 +31,9 @@ from attention_mask import transfusion_mask
 from data import ImageSegment, collate, document_length
 from diffusion import guide, needs_noise
 from extras.cli import NO_MEMORY, RANGES, RULE
-from extras.machine import has_bf16, sent
+from extras.machine import has_bf16
 from extras.pairs import fit_image
+from extras.parallel import sent
 from extras.text import read_prompt
 
 # Tokens for each sequence in text mode between two denoising steps; see tests/bench.py sampling.
@@ -140,10 +141,12 @@ class Engine:
         c, self.steps = self.config, self.options.steps
         self.noisy = needs_noise(self.options.sampler, self.options.eta)
         visited = self.trained.ddpm.sampling_timesteps(self.steps)
-        self.timesteps = self.tensor([0, *visited, 0])  # before the first is none; the last: clean
-        self.ddpm = copy.copy(self.trained.ddpm)  # with its schedule beside the timesteps
-        if self.device.type == "cuda":
-            self.ddpm.alphas_cumprod = self.ddpm.alphas_cumprod.to(self.device)
+        # The schedule lies on the device, so that a step waits for nothing. (MPS has no float64.)
+        place = "cpu" if self.device.type == "mps" else self.device
+        # Before the first is none; the last: clean.
+        self.timesteps = torch.tensor([0, *visited, 0], device=place)
+        self.ddpm = copy.copy(self.trained.ddpm)
+        self.ddpm.alphas_cumprod = self.ddpm.alphas_cumprod.to(place)
         self.shape = c.latent_channels, c.latent_size, c.latent_size
         self.compiled = n_images * self.steps >= COMPILE_FROM.get(self.device.type, math.inf)
 
@@ -306,7 +309,7 @@ class Engine:
         rows, starts = self.slots(sequences, branches)
         positions, mask = self.reserve(rows, starts, self.n_patches, masked=self.compiled)
         x_t = torch.stack([s.x for s in sequences]).repeat_interleave(branches, 0)
-        t = self.timesteps[self.steps_of(sequences) + 1].repeat_interleave(branches)
+        t = self.timesteps[self.steps_of(sequences) + 1].to(self.device).repeat_interleave(branches)
         inputs = self.model, self.cache, x_t, t, positions, mask
         try:
             prediction = (compiled_denoise() if self.compiled else denoise)(*inputs)
@@ -320,7 +323,7 @@ class Engine:
 
     def steps_of(self, sequences):
         """How many denoising steps each has done (R,)."""
-        return self.tensor([s.step for s in sequences])
+        return sent(torch.tensor([s.step for s in sequences]), self.timesteps.device)
 
     def guided(self, prediction):
         """Of the sequences and their guidance branches in turn (2 R, ...) -> guided (R, ...)."""

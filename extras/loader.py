@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import DataLoader
 
-from data import ImageSegment, Tokenizer, collate, document_length
+from data import Batch, ImageSegment, Tokenizer, collate, document_length
 from extras.runs import ENDS
 
 
@@ -25,10 +25,11 @@ class Loader:
     then `next`.
     skipped: counts the images that could not be read; without it they raise ValueError. OSError if a
     worker dies.
+    pin: into pinned memory, from which batches go to a GPU without a wait of the host.
     """
 
-    def __init__(self, stream, tokenizer, workers=0, batch_rows=None, skipped=None):
-        self.stream, self.skipped = stream, skipped
+    def __init__(self, stream, tokenizer, workers=0, batch_rows=None, skipped=None, pin=False):
+        self.stream, self.skipped, self._ready = stream, skipped, deque()
         n = batch_rows or len(stream.my_rows)
         self.rows = [stream.my_rows[i : i + n] for i in range(0, len(stream.my_rows), n)]  # of each batch
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -42,6 +43,7 @@ class Loader:
             num_workers=workers,
             worker_init_fn=leave_signals,
             generator=torch.Generator(),
+            pin_memory=pin,
         )
 
     @property
@@ -49,24 +51,30 @@ class Loader:
         """The stream's state after the last batch that was handed out."""
         return dict(self.stream.state) if self._batches is None else self._state
 
-    def __next__(self):
-        """The next Batch."""
+    def fetch(self):
+        """Load one batch more, ahead of need: called while the GPU works. `state` stays as it is."""
         if self._batches is None:
             self._state = self.state
             self._batches = iter(self._loader)
             if self._loader.num_workers:
                 atexit.register(end_workers, weakref.ref(self._batches))
         try:
-            batch, errors = next(self._batches)
+            self._ready.append(next(self._batches))
         except (RuntimeError, EOFError, OSError) as error:
             died = f"a process that loads pictures has died ({error})"
             raise OSError(f"{died}; out of memory, perhaps: try fewer --workers") from None
+
+    def __next__(self):
+        """The next Batch."""
+        if not self._ready:
+            self.fetch()
+        batch, errors = self._ready.popleft()
         if isinstance(batch, Exception):
             raise batch
         self._state = self._states.popleft()
         if self.skipped:
-            self.skipped.count(len(batch.images) + len(errors), errors)
-        return batch
+            self.skipped.count(len(batch["images"]) + len(errors), errors)
+        return Batch(**batch)
 
 
 def pack(stream, rows, states):
@@ -88,14 +96,14 @@ class BatchDataset:
     strict: bool  # raise what is wrong with an image, rather than let another document stand in
 
     def __getitem__(self, rows):
-        """Numbers of documents, row by row -> (Batch, reasons why images could not be read).
+        """Numbers of documents, row by row -> (fields of a Batch, reasons why images could not be read).
 
         A fatal error is returned, not raised: a worker would print a traceback.
         """
         errors = []
         try:
             rows = [[self.loaded(i, errors) for i in row] for row in rows]
-            return collate(rows, self.tokenizer, self.seq_len, self.n_patches), errors
+            return vars(collate(rows, self.tokenizer, self.seq_len, self.n_patches)), errors  # can be pinned
         except (ValueError, OSError) as error:
             return error, []
 

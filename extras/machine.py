@@ -26,12 +26,6 @@ def has_bf16(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def sent(tensor, device):
-    """A CPU tensor on the device. From pinned memory, where that is CUDA: then the host need not wait."""
-    cuda = device.type == "cuda"
-    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
-
-
 def machine(config, device):
     """What this machine does of what is asked for: (bfloat16?, compiled blocks?, what makes the masks)."""
     cuda = device.type == "cuda"

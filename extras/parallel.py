@@ -19,26 +19,54 @@ from torch.utils.checkpoint import checkpoint
 from extras.runs import Interrupt
 
 
+PATIENCE = timedelta(days=7)  # of those that wait while the first process trains the VAE, draws or saves
+patient = None  # a group of all processes that has it; any other wait may take half an hour
+
+
 def join(device):
     """Join the processes that torchrun started, if it did -> (rank, number of processes, own device)."""
     if "RANK" in os.environ and not dist.is_initialized():
+        global patient
+        where, wait = dict(backend="gloo"), timedelta(minutes=30)
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # A long patience: the others wait while the first process trains the VAE, draws samples and saves.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+            where = dict(backend="nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+            torch.cuda.set_device(where["device_id"])
+        dist.init_process_group(**where, timeout=wait)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     if not dist.is_initialized():
         return 0, 1, device
     here = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
     return dist.get_rank(), dist.get_world_size(), here
 
 
+def leave():
+    """Part from the other processes, which do so at the same time."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sent(tensor, device):
+    """A CPU tensor on the device. From pinned memory, where that is CUDA: then the host need not wait."""
+    cuda = device.type == "cuda"
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
+
+
+def summed(values, device):
+    """Sums over all processes: n numbers, on the device or not -> float64 (n,), for which no host waits."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
+    given = [torch.is_tensor(value) for value in values]
+    rest = [0 if on_device else value for value, on_device in zip(values, given)]
+    rest = sent(torch.tensor(rest, dtype=dtype), device)
+    parts = [value.to(dtype) if on_device else n for value, on_device, n in zip(values, given, rest)]
+    values = torch.stack(parts) if any(given) else rest
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
 def total(values, device):
-    """Sums over all processes: list of numbers -> list of floats."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return values.tolist()
+    """The same as a list of floats: the host waits for them, once."""
+    return summed(values, device).tolist()
 
 
 def first(work):
@@ -54,7 +82,7 @@ def first(work):
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         failure = [error]
     with Interrupt():
-        dist.broadcast_object_list(failure)
+        dist.broadcast_object_list(failure, group=patient)
     if failure[0]:
         raise failure[0]
     return found
