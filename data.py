@@ -3,7 +3,7 @@
     Tokenizer      bytes, then <BOS>, <EOS>, <BOI>, <EOI> and padding
     ImageSegment   an image inside a document; the other segments of a document are lists of tokens
     Batch          one training batch, laid out by `collate`; every other file uses its field names
-    PairDocuments  [caption, image] or [image, caption]; `collate` adds the special tokens
+    PairDocuments  [caption, image] or [image, caption]; `collate` adds special tokens, <EOS> as a target
     Stream         documents packed into rows of a fixed length
 
 Every document is a function of (seed, number). The processes that load images ahead are in extras/loader.py.
@@ -149,7 +149,8 @@ def collate(rows, tokenizer, seq_len, n_patches):
             tokens[b, span], image_id[b, span], doc_id[b, span] = ids, image_of, d
             targets[b, span] = np.where(has_loss, np.append(ids[1:], last_target), NO_LOSS)
             positions[b, span] = np.arange(len(ids))
-    images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)  # or cached moments
+    images = np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+    # Pixels, or means and log-variances that were encoded ahead.
     images = to_pixels(images) if images.dtype == np.uint8 else torch.from_numpy(images).float()
     text = map(torch.from_numpy, (tokens, targets, image_id, doc_id, positions))
     return Batch(*text, images, torch.tensor(max_t, dtype=torch.long))
@@ -173,7 +174,7 @@ class PairDocuments:
         """Document `number`. attempt: 1, 2, ... take another pair, in the same order, for a broken image."""
         caption, load = self.pairs.pair(number + attempt)
         ids = self.tokenizer.encode(caption)
-        u_order, u_drop = np.random.default_rng([self.seed, 7, number]).random(2)  # 7: this purpose's stream
+        u_order, u_drop = np.random.default_rng([self.seed, 7, number]).random(2)  # 7: a stream of its own
         if u_order >= self.config.caption_first:
             return [ImageSegment(load, min(self.config.image_first_max_t, self.timesteps)), ids]
         return [[] if u_drop < self.config.drop_caption else ids, ImageSegment(load, self.timesteps)]
