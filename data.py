@@ -122,7 +122,7 @@ def collate(rows, tokenizer, seq_len, n_patches):
     A position's target is the next token of its document, <EOS> after the last. There is none where the
     input is <BOI> (footnote 8) or a patch. So <BOI> is a target; <EOI> is not, for it is inserted, never
     sampled; and <EOI> as input predicts the text after it. A piece of a longer text (`Cut`) has none at
-    its end. Raises ValueError if an image cannot be read.
+    its end. A tuple of tokens is given: they are no targets. Raises ValueError if an image cannot be read.
     """
     shape = len(rows), seq_len
     tokens, targets = np.full(shape, tokenizer.pad), np.full(shape, NO_LOSS)
@@ -131,7 +131,7 @@ def collate(rows, tokenizer, seq_len, n_patches):
     for b, row in enumerate(rows):
         start = 0
         for d, document in enumerate(row):
-            ids, image_of = [tokenizer.bos], [TEXT]
+            ids, image_of, given = [tokenizer.bos], [TEXT], []
             for segment in document:
                 if isinstance(segment, ImageSegment):
                     ids += [tokenizer.boi] + [tokenizer.pad] * n_patches + [tokenizer.eoi]
@@ -139,6 +139,7 @@ def collate(rows, tokenizer, seq_len, n_patches):
                     images.append(segment.load())
                     max_t.append(segment.max_t)
                 else:
+                    given += range(len(ids), len(ids) + len(segment)) if isinstance(segment, tuple) else ()
                     ids += segment
                     image_of += [TEXT] * len(segment)
             span = slice(start, start + len(ids))
@@ -146,6 +147,7 @@ def collate(rows, tokenizer, seq_len, n_patches):
             ids, image_of = np.array(ids), np.array(image_of)
             last_target = NO_LOSS if document and isinstance(document[-1], Cut) else tokenizer.eos
             has_loss = (ids != tokenizer.boi) & (image_of == TEXT)
+            has_loss[np.array(given, int) - 1] = False
             tokens[b, span], image_id[b, span], doc_id[b, span] = ids, image_of, d
             targets[b, span] = np.where(has_loss, np.append(ids[1:], last_target), NO_LOSS)
             positions[b, span] = np.arange(len(ids))
