@@ -8,6 +8,7 @@ from extras import runs  # isort: skip, it goes before torch
 
 import importlib
 import itertools
+import re
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,8 @@ class Choices:
     """The options that name an extra, or are of one."""
 
     # Sources of pairs and of text.
-    data: str = ""  # images with captions: a folder, tars or COCO's JSON; several: a,b.tar:2 ("" = scenes)
+    # Images with captions: a folder, tars, parquet or COCO's JSON; several: a,b.tar:2 ("" = scenes).
+    data: str = ""  # Or documents of texts and images: .jsonl, .jsonl.gz
     text: str = ""  # .txt or .jsonl files or folders of them, with commas; "" = sentences about scenes
     tokenizer: str = ""  # a tokenizer.json, read with the package tokenizers; "" = bytes and `merges`
     merges: int = 0  # at most so many pairs of tokens are merged, as captions suggest; 0 = plain bytes
@@ -68,11 +70,16 @@ def baseline(choices):
     return room("chameleon") if choices.images == "discrete" else None
 
 
+def in_lines(extra):
+    """Does --data name documents in JSON lines?"""
+    return re.search(r"\.jsonl(\.gz)?(:[0-9.]+)?(,|$)", extra.data)
+
+
 def check(config):
     """Raises ValueError on options of a train.Config that cannot go together."""
     extra, start, copies = config.extra, config.init_from, not config.fsdp
     latents, frozen, chameleon = extra.latents, config.freeze_text, baseline(extra)
-    pairs = extra.documents == "pairs"
+    pairs = extra.documents == "pairs" or in_lines(extra)
     together = {
         "latents are of continuous images; leave them out": not (latents and chameleon),
         "latents need the VAE that made them; give --vae too": not latents or config.vae or start,
@@ -80,7 +87,9 @@ def check(config):
         "freeze_text is true, but there is nothing to freeze: give --init_from too": not frozen or start,
         "optimizer muon needs whole matrices, which --fsdp cuts": config.optimizer == "adamw" or copies,
         "freeze_text needs whole vocabularies, which --fsdp cuts; leave one out": not frozen or copies,
-        f"{extra.documents} are of the built-in scenes; leave --data out": pairs or not extra.data,
+        f"{extra.documents} are of the built-in scenes; leave --data out, or give .jsonl": pairs
+        or not extra.data,
+        "latents are of pairs; leave them out with documents in .jsonl": not (latents and in_lines(extra)),
         f"{extra.documents} need places; give --grammar places or rich": pairs
         or extra.grammar != "relations",
     }
@@ -114,13 +123,22 @@ def preset(name):
 def open_pairs(config, split="train", seed=0):
     """The source of pairs that the options name, cut to a split. Raises ValueError, saying what is wrong."""
     extra, size = config.extra, config.data.image_size
+    if extra.data:
+        return room("pairs").open_sources(config, split, seed, partial(kind_of, extra))
     if extra.documents != "pairs":
         return room("stories").Stories(
             extra.grammar, size, split, seed, room("stories").CHANGES[extra.documents]
         )
-    if extra.data:
-        return room("pairs").open_sources(config, split, seed)
     return room("scenes").Scenes(extra.grammar, size, split, seed)
+
+
+def kind_of(extra, path):
+    """The class of the source that a path of --data is."""
+    if in_lines(extra):
+        return room("interleaved").Interleaved
+    folder = Path(path)
+    parquet = path.endswith(".parquet") or any(folder.glob("*.parquet")) and not any(folder.glob("*.tar"))
+    return room("parquet").Parquet if parquet else room("pairs").Pairs
 
 
 def open_text(config, tokenizer, split="train", seed=0):
@@ -136,9 +154,11 @@ def open_text(config, tokenizer, split="train", seed=0):
 
 
 def open_documents(config, tokenizer, n_patches, split="train"):
-    """The recipe of documents: pairs, edits or stories, with text alone between them."""
+    """The recipe of documents: pairs, edits, stories or your own, with text alone between them."""
     pairs = open_pairs(config, split, config.seed)
     recipe = PairDocuments if config.extra.documents == "pairs" else room("stories").StoryDocuments
+    if in_lines(config.extra):
+        recipe = room("interleaved").InterleavedDocuments
     documents = recipe(pairs, tokenizer, config.data, config.diffusion.timesteps, config.seed)
     text = open_text(config, tokenizer, split, config.seed)
     if not text:
@@ -339,6 +359,8 @@ def encode(config, device, resume, folder):
     """Write the latents of --data to a folder, for train.py --latents. Raises ValueError if it has none."""
     if not config.extra.data:
         raise ValueError("--encode needs --data: scenes have no end, and are encoded as they are drawn")
+    if in_lines(config.extra):
+        raise ValueError("--encode writes latents of pairs; documents in .jsonl are encoded as they are read")
     if baseline(config.extra):
         raise ValueError("--encode writes continuous latents; leave it out with --images discrete")
     vae, pairs = prepare_vae(config, device, resume), open_pairs(config, "held_out")
@@ -457,7 +479,11 @@ def generate(trained, documents, seeds=None, **settings):
 def draw_held_out(trained, seed, path, n=12):
     """Have n images drawn for held-out captions, or n held-out edits or stories: a sheet, a PNG at `path`."""
     pairs, show = open_pairs(trained, "held_out", seed), room("show")
-    if trained.extra.documents == "pairs":
+    if in_lines(trained.extra):
+        documents, _ = room("interleaved").draw_again(trained, pairs, n, generate)
+        if not documents:
+            return
+    elif trained.extra.documents == "pairs":
         sizes = trained.data.seq_len, trained.model.config.n_patches
         numbers = sources.fitting(pairs, n, trained.tokenizer, *sizes)
         documents = generate(trained, [[pairs.captions(i)[0]] for i in numbers], max_tokens=0)
@@ -477,11 +503,14 @@ def next_command(config, checkpoint):
 def measures(trained, inception="", clip=""):
     """What evaluation needs: the splits, the metrics, and for edits and stories their own scorer instead."""
     extra, device = trained.extra, next(trained.model.parameters()).device
-    splits = ("seen", "held_out", "never_seen")
-    if extra.documents != "pairs":
+    splits, told = ("seen", "held_out", "never_seen"), in_lines(extra)
+    if told or extra.documents != "pairs":
         if inception or clip:
-            scored = f"score what is drawn from captions, but this model was trained on {extra.documents}"
+            kind = "documents in .jsonl" if told else extra.documents
+            scored = f"score what is drawn from captions, but this model was trained on {kind}"
             raise ValueError(f"--inception and --clip {scored}; leave them out")
+        if told:
+            return splits[:2], (), partial(room("interleaved").score, open_pairs)
         return splits, (), room("stories").score
     if extra.data:
         splits = splits[:2]
