@@ -1,6 +1,7 @@
-"""Images with captions in Parquet files, as the Hugging Face hub stores them: --data FILE.parquet, or a folder.
+"""Images with captions in Parquet files, as the Hugging Face hub stores them: --data FILE.parquet.
 
-Needs the package pyarrow. What is read at random is a row group, so files with small ones are fast.
+A folder of such files is one source. It needs the package pyarrow. What is read at random is a row group: files
+with small ones are fast.
 """
 
 import io
