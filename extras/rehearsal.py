@@ -53,7 +53,7 @@ def rehearse(config, set_up, train_step, validate, averaged_model, evaluate):
             model = averaged_model(run)
             if model:
                 evaluate(model, 1, splits=["held_out"])
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if NO_MEMORY.search(str(error)):
             raise
         kind = OSError if isinstance(error, OSError) else ValueError

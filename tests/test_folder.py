@@ -27,6 +27,8 @@ from extras import runs
 from extras.cli import report_errors
 from extras.logs import Log
 from extras.runs import Interrupt, Lines, claim, load_checkpoint, lock
+from extras.show import contact_sheet
+from extras.sources import say
 from sample import load
 from tqdm import tqdm
 from train import save, set_up, train_step
@@ -497,6 +499,15 @@ def test_in_a_file_a_bar_is_a_line_now_and_then(small_run, monkeypatch, capsys):
         now[0] += 1.0
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3 and all("train" in line and line.isprintable() for line in told)
+
+
+def test_characters_that_the_sheets_font_lacks_are_named(capsys):
+    say.cache_clear()
+    images = [Image.new("RGB", (8, 8))] * 2
+    contact_sheet(images, ["a red circle, top-left", "plain"])
+    assert not capsys.readouterr().err
+    contact_sheet(images, ["a red circle", "ein \u8d64 \u5186"])
+    assert "boxes stand for characters that the sheet's font lacks: \u5186\u8d64" in capsys.readouterr().err
 
 
 # ---- Files that ask for more than they hold -------------------------------------------------------------------------
