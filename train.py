@@ -113,8 +113,7 @@ SMALL |= dict(vae_perceptual_weight=0.0, vae_disc_weight=0.0)  # paper: 1, 0.5; 
 SMALL |= dict(optimizer="muon")  # paper: AdamW; Muon learns in a quarter of the steps what is where
 SMALL |= dict(rows=8, micro_rows=0, max_steps=1000)  # paper: 512, 250,000
 SMALL |= dict(lr=3e-3, min_lr=0.0, warmup=100, beta2=0.98, ema=0.996)  # paper: 3e-4, 1.5e-5, 4000, 0.95
-SMALL |= dict(compile="off", workers=0)  # compiling takes as long as the training
-SMALL |= dict(log_every=100, eval_every=500, judged=200)
+SMALL |= dict(log_every=100, eval_every=500, judged=200, compile="off", workers=0)  # compiling is too slow
 PRESETS = {**SIZES, "7b": SIZES["7b"] | dict(micro_rows=1, fsdp=True), "small": SMALL}
 # "A red circle above a blue square": one word binds two objects. Drawing is slow here: more pairs teach it.
 PRESETS["relations"] = SMALL | dict(grammar="relations", seq_len=104, caption_first=0.6)
@@ -123,7 +122,6 @@ PRESETS["relations"] |= dict(max_steps=4500, eval_every=1000)
 PRESETS["rich"] = SMALL | dict(grammar="rich", image_size=64, seq_len=512, dim=384, n_layers=8, n_heads=6)
 PRESETS["rich"] |= dict(rows=32, max_steps=20_000, lr=1e-3, warmup=500, eval_every=2000, compile="auto")
 PRESETS["rich"] |= dict(vae_channels=128, vae_steps=10_000, vae_batch=32)
-
 DERIVED = {"vocab_size", "latent_channels", "latent_size"}  # no options: they follow from tokenizer and VAE
 
 
@@ -237,7 +235,7 @@ def train_step(run):
 
     # The means of eq. 1 and eq. 3 are over the whole step. Micro-batches hold unequal numbers of targets and
     # images, so a mean of means would be wrong.
-    counts = np.sum([objective.counts(batch) for batch, _ in micro_batches], axis=0)  # (2,)
+    counts = np.sum([objective.counts(batch) for batch, _ in micro_batches], axis=0)  # targets, images
     n_targets, n_images = (max(1.0, n) for n in total(counts.tolist(), run.device))
     lm_total, image_total = 0.0, 0.0
     for n, (batch, row_numbers) in enumerate(micro_batches):
@@ -360,9 +358,9 @@ def train(config, resume=False):
             if run.step % config.eval_every == 0 or last:
                 run.log.validation(run.step, validate(run))
                 save(run)
-                model = averaged_model(run)  # in all processes; the first one draws
                 sheet = run.out / f"samples_{run.step:06d}.png"
-                first(partial(extras.draw_held_out, model, config.seed, sheet))
+                # All processes gather the averaged weights; the first one draws with them.
+                first(partial(extras.draw_held_out, averaged_model(run), config.seed, sheet))
             if any(total([interrupt.asked], run.device)):  # in all processes, whichever was told
                 save(run)
                 raise KeyboardInterrupt
