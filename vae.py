@@ -282,7 +282,7 @@ def train_vae(
         now = config.lr * min((step + 1) / config.warmup, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
         for group in optimizer.param_groups + disc_optimizer.param_groups:
             group["lr"] = now
-        x = images(step * config.batch, config.batch).to(device)
+        x = images(step * config.batch, config.batch).to(device, memory_format=torch.contiguous_format)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         with autocast():
             z, penalty = vae.draw_latents(x, generator)
