@@ -1,7 +1,7 @@
 """Images with captions in Parquet files, as the Hugging Face hub stores them: --data FILE.parquet.
 
-A folder of such files is one source. It needs the package pyarrow. What is read at random is a row group: files
-with small ones are fast.
+A folder of such files is one source. It needs the package pyarrow. What is read at random is a row group:
+files with small ones are fast.
 """
 
 import io
