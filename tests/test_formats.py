@@ -500,9 +500,13 @@ def test_wrong_weights_are_refused(item, option, shards):
 # ---- Pictures -------------------------------------------------------------------------------------------------------
 
 
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def enormous_png(side=30_000):
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(bytes(99))) + png_chunk(b"IEND", b"")
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
@@ -514,10 +518,6 @@ BROKEN = {"zero bytes": b"", "text": b"this is text, whatever its name says", "t
 def test_broken_pictures_are_refused_by_name(kind):
     with pytest.raises(ValueError, match="x.jpg: cannot be read as an image"):
         load_image(io.BytesIO(BROKEN[kind]), 16, "x.jpg")
-
-
-def png_chunk(kind, body):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 NONSENSE = [b"", b"\0\0\0", b"key\0\x07abc", b"key\0\0abcdef", b"key\0\1\0en\0tr\0no", bytes(range(200)), b"key\0\0" + zlib.compress(bytes(2**27))]
