@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import random
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -237,3 +238,12 @@ def test_training_lowers_both_losses(capsys):
     page.train(page.Transfusion())
     (first, last) = (list(map(float, re.findall(r"[0-9]\.[0-9]+", line))) for line in capsys.readouterr().out.splitlines())
     assert last[0] < 0.5 * first[0] and last[1] < 0.9 * first[1]
+
+
+@pytest.mark.slow
+def test_the_page_draws_and_describes_what_it_never_saw(tmp_path):
+    done = subprocess.run([sys.executable, str(PAGE)], cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    drawings, captions = map(int, re.search(r"right, of 124: (\d+) drawings, (\d+) captions", done.stdout).groups())
+    assert min(drawings, captions) >= 0.9 * 124
+    assert Image.open(tmp_path / "out/one_page.png").size == (960, 1120)
