@@ -30,8 +30,8 @@ def contact_sheet(images, captions, columns=None, side=128):
         possible = range(math.ceil(root), math.ceil(1.5 * root) + 1)
         columns = min(possible, key=lambda n: -len(images) % n)
     font, gap, line = ImageFont.load_default(size=12), 10, 15
-    box = bytes(font.getmask("\uffff"))
-    if odd := [c for c in sorted({*"".join(captions)}) if not c.isspace() and bytes(font.getmask(c)) == box]:
+    box, shown = bytes(font.getmask("\uffff")), filter(str.isprintable, sorted({*"".join(captions)} - {" "}))
+    if odd := [c for c in shown if bytes(font.getmask(c)) == box]:
         say(f"boxes stand for characters that the sheet's font lacks: {''.join(odd[:20])}")
     texts = [textwrap.fill(caption, side // 6) for caption in captions]  # about six pixels a letter
     width, height = side + gap, side + gap + 6 + line * max(text.count("\n") + 1 for text in texts)
