@@ -40,6 +40,8 @@ def draw_panel(title, lines):
     for x in ticks(0, x_high):
         x_of_line, y_of_line = at(x, y_low)
         draw.text((x_of_line, y_of_line + 5 * FINER), f"{x:,g}", fill="black", font=small, anchor="mt")
+    _, _, highest, *_ = max(lines, key=lambda line: max(line[2]))
+    rises = highest[-1] > highest[0]  # then there is room at the left
     for n, (label, steps, means, lows, highs) in enumerate(lines):
         colour = COLOURS[n % len(COLOURS)]
         band = [at(*point) for point in zip(steps, highs)]
@@ -47,7 +49,6 @@ def draw_panel(title, lines):
         if len(steps) > 1:
             draw.polygon(band, fill=(*colour, 60))
         draw.line([at(*point) for point in zip(steps, means)], fill=colour, width=2 * FINER, joint="curve")
-        rises = max(means) == means[-1]  # then there is room at the left
         place = FINER * (LEFT + 6 if rises else WIDTH - RIGHT - 6), FINER * (TOP + 6 + 15 * n)
         draw.text(place, label, fill=colour, font=small, anchor="lt" if rises else "rt")
     draw.text((FINER * LEFT, FINER * 9), title, fill="black", font=large)
