@@ -24,8 +24,8 @@ def draw_panel(title, lines):
     draw = ImageDraw.Draw(image, "RGBA")
     small, large = (ImageFont.load_default(size=FINER * size) for size in (11, 13))
     x_high = max(max(steps) for _, steps, *_ in lines)
-    y_high = 1.05 * max(max(highs) for *_, highs in lines)
     y_low = min(0.0, min(min(lows) for _, _, _, lows, _ in lines))
+    y_high = max(y_low + 1e-3, 1.05 * max(max(highs) for *_, highs in lines))  # a flat curve has height, too
 
     def at(x, y):
         """A step and a value -> pixels."""

@@ -70,3 +70,9 @@ def test_ticks_are_round():
     for high in (0.013, 0.7, 3.2, 870, 1000):
         found = curves.ticks(0, high)
         assert 2 <= len(found) <= 6 and found[0] == 0 and found[-1] <= high
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0), (-1.0, -1.0), (-3.0, 2.0), (5.0,)])
+def test_any_curve_can_be_drawn(values):
+    steps = [60 * (n + 1) for n in range(len(values))]
+    assert curves.draw_panel("gap", [("x", steps, values, values, values)]).size == (curves.WIDTH, curves.HEIGHT)
