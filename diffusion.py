@@ -163,7 +163,7 @@ class DDPM(nn.Module):
         """
         alpha_t, sigma_t, alpha_s, sigma_s, _ = self.between(t, s)
         second_order = (torch.as_tensor(t_before) > 0) & (torch.as_tensor(s) > 0)
-        if second_order.any():
+        if x_0_before is not None:
             # Twice their lambda; h / h_before is the same.
             log_snr = self.alphas_cumprod.log() - (1 - self.alphas_cumprod).clamp(min=1e-300).log()
             h, h_before = log_snr[s] - log_snr[t], log_snr[t] - log_snr[t_before]

@@ -37,7 +37,7 @@ from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
 from extras.idle import refuse_idle
 from extras.logs import Log
 from extras.optimizers import make_optimizers
-from extras.parallel import first, join, synchronise, total, wrap
+from extras.parallel import first, join, leave, synchronise, summed, total, wrap
 from extras.rehearsal import rehearse
 from extras.scores import format_scores
 from model import SIZES, TransfusionConfig
@@ -236,7 +236,7 @@ def train_step(run):
     # The means of eq. 1 and eq. 3 are over the whole step. Micro-batches hold unequal numbers of targets and
     # images, so a mean of means would be wrong.
     counts = np.sum([objective.counts(batch) for batch, _ in micro_batches], axis=0)  # targets, images
-    n_targets, n_images = (max(1.0, n) for n in total(counts.tolist(), run.device))
+    n_targets, n_images = summed(counts.tolist(), run.device).clamp(min=1).float()
     lm_total, image_total = 0.0, 0.0
     for n, (batch, row_numbers) in enumerate(micro_batches):
         synchronise(run.parallel, run.ranks, last=n == len(micro_batches) - 1)
@@ -246,12 +246,13 @@ def train_step(run):
         (loss * run.ranks).backward()  # times ranks: DDP and FSDP average the gradients, and a sum is wanted
         lm_total += lm.detach()
         image_total += image.detach()
+        run.loader.fetch()  # a batch of the next step, while the device works
 
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
-    gradient_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / run.ranks
     flops = sum(costs.batch_flops(run.model, batch) for batch, _ in micro_batches)
     filled = sum(int((batch.doc_id != PADDING).sum()) for batch, _ in micro_batches)
-    lm, image, flops, filled = total([lm_total, image_total, flops, filled], run.device)  # of the whole step
+    lm, image, gradient_norm, flops, filled = total([lm_total, image_total, norm, flops, filled], run.device)
     if not math.isfinite(lm + image + gradient_norm):  # before it touches the weights
         found = f"the loss is {lm + config.lambda_ddpm * image:g} and its gradient's norm {gradient_norm:g}"
         advice = f"lower --lr (now {config.lr:g}) or --clip; --resume goes on from the last checkpoint"
@@ -366,6 +367,7 @@ def train(config, resume=False):
                 raise KeyboardInterrupt
 
     model = averaged_model(run)
+    leave()  # the first process goes on alone
     if model:
         print(f"trained in {time.time() - began:.0f} s; 3. the evaluation", flush=True)
         scores = evaluate(model, config.judged) | {"validation": run.log.found}

@@ -174,7 +174,8 @@ def open_loader(run, split, workers):
     too_long = sources.Skipped(f"documents (with --seq_len {seq_len})", max_broken)
     my_rows = range(run.rank, config.rows, run.ranks)
     stream = Stream(documents, seq_len, config.rows, n_patches, my_rows, too_long)
-    return Loader(stream, run.tokenizer, workers, config.micro_rows, sources.Skipped("pictures", max_broken))
+    skipped, pin = sources.Skipped("pictures", max_broken), run.device.type == "cuda"
+    return Loader(stream, run.tokenizer, workers, config.micro_rows, skipped, pin)
 
 
 def open_tokenizer(config, pairs):

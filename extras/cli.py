@@ -215,6 +215,9 @@ def pick_device(name):
     name = next(filter(there.get, there)) if name == "auto" else name
     if not there.get(name):
         raise ValueError(f"--device {name}: torch sees none here; it must be auto, cpu, cuda or mps")
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
+        torch.backends.cudnn.benchmark = True
     return torch.device(name)
 
 

@@ -67,5 +67,3 @@ def check(run, resume):
     if config.wandb:
         import_wandb()
     claim(config, resume)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not in bfloat16
