@@ -1,8 +1,8 @@
 """A rehearsal: before the first long stage, everything that will be run later is run once, at its smallest.
 
 It finds what no list of checks finds: a sampler with more steps than there are timesteps, images that no row
-is long enough for, a discriminator too deep for the image, too little memory of a GPU, a folder or a disk that
-cannot be written to. It leaves nothing behind: no file, no line on the terminal, no random number used.
+is long enough for, a discriminator too deep for the image, too little memory of a GPU, a folder or a disk
+that cannot be written to. It leaves nothing behind: no file, no line on the terminal, no random number used.
 """
 
 import gc
