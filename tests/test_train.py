@@ -49,12 +49,12 @@ def test_small_trains_from_nothing(small_run):
     folder, code, out, err = small_run
     assert code == 0, err
     made = folder / "out/small"
-    assert {"checkpoint.pt", "vae.pt", "log.jsonl", "scores.json", "samples_000004.png"} <= {p.name for p in made.iterdir()}
+    assert {"checkpoint.pt", "vae.pt", "log.jsonl", "scores.json", "samples_000004.png", "report.html", "curves.png"} <= {p.name for p in made.iterdir()}
     assert not list(made.glob("*.partial")) and Image.open(made / "samples_000004.png").width > 500
     assert "held out, prompts" in out and "python sample.py --ckpt" in out  # the table, and what to type next
     assert set(json.loads((made / "scores.json").read_text())["splits"]) == {"seen", "held_out", "never_seen"}
     lines = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 4 and {"lm", "ddpm", "norm", "lr"} <= lines[0].keys() and 0.8 < lines[0]["fill"] <= 1 and "| fill " in out
+    assert lines[-1]["step"] == 4 and {"lm", "ddpm", "norm", "lr"} <= lines[0].keys() and 0.8 < lines[0]["fill"] <= 1 and "  norm " in out
     assert all(f"val_ddpm_q{n}" in lines[-1] for n in (1, 2, 3, 4)) and lines[-1]["val_lm"] > 0 and 0.5 < lines[-1]["val_ddpm"] < 2
 
 
@@ -461,8 +461,10 @@ def test_bad_checkpoint(kind, script, small_run, tmp_path):
 
 @pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
 def test_no_checkpoint_at_all(script, tmp_path, monkeypatch):
+    """Not even the weights that come along."""
     monkeypatch.chdir(tmp_path)
-    assert "train.py --config small" in complaint(script)
+    monkeypatch.setattr(runs, "IN_THE_BOX", tmp_path / "box.safetensors")
+    assert "box.safetensors: no such file" in complaint(script)
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "random bytes", "of another program"])
