@@ -353,7 +353,7 @@ def test_every_field_is_an_option_under_one_name():
 def complaint(script, *args):
     """What a script says as it gives up; fails if it does not, or with a traceback."""
     code, _, err = run_here(script, *args)
-    said = [line for line in err.splitlines() if line.strip() and not re.search(r"\d+/\d+ \[|^skipped: |: reading it once|, the newest under out|^no caption of training had", line)]  # without progress bars
+    said = [line for line in err.splitlines() if line.strip() and not re.search(r"\d+/\d+ \[|^skipped: |: reading it once|, the newest under out|, for no run is under out|^no caption of training had", line)]  # without progress bars
     assert code not in (0, None) and said, (code, err)
     assert "Traceback" not in err and ("usage:" in err or len(said) == 1), err
     return said[-1]
