@@ -116,7 +116,8 @@ def load_checkpoint(path):
     with opening(path, "a checkpoint of tensors and plain values, or is truncated"):
         # Mapped, so that the processes of a machine share one copy.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    check_sizes(state, path)
+    if isinstance(state, dict):
+        check_sizes(state, path)
     return state
 
 

@@ -1,5 +1,6 @@
 """extras/chameleon.py, the discrete model (`--images discrete`): its batch written out, its sampling against plain recomputation, its training."""
 
+import sys
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -199,6 +200,7 @@ def test_top_p_and_temperature_of_codes(talker):
 
 def test_an_image_may_have_more_codes_than_the_schedule_has_steps(tmp_path, monkeypatch, capsys):
     """As the paper's has, 1024; by the command line, whose bar counts them. There are no denoising steps to choose."""
+    monkeypatch.setattr("extras.runs.Lines.write", lambda self, text: print(text, file=sys.stderr))  # as on a terminal
     model = tiny_model(side=32, vocab_size=V + CODES, images="discrete", n_layers=1)
     monkeypatch.setattr(sample, "load", lambda path, device: tiny_trained(model, seq_len=1032))
     command = ["--ckpt", "it", "--prompt", "a", "--num", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
