@@ -4,7 +4,7 @@
 
     python train.py --config small                           on a laptop's CPU, in minutes
     python train.py --config small --lr 1e-3 --out out/mine  any field of a preset can be overridden
-    torchrun --nproc_per_node=8 train.py                     the paper's 0.16B model on eight GPUs
+    torchrun --nproc_per_node=8 train.py --config 0.16b      the paper's smallest model on eight GPUs
 
 Ctrl-C saves before it stops. A step is a function of (seed, step, row): its batch, noise and loss do not
 depend on how many processes share its rows, nor on how many micro-batches they cut them into.
@@ -129,7 +129,7 @@ def read_options(argv=None, description=__doc__.split("\n")[0], **more):
     """The command line -> (Config, all that argparse found). more: {option: help} besides."""
     names, more = [*PRESETS, *extras.PRESETS], more | dict(hidden=DERIVED, check=refuse_idle)
     preset = lambda name: PRESETS[name] if name in PRESETS else SMALL | extras.preset(name)
-    return cli.read_options(Config, preset, names, argv, description, default="0.16b", **more)
+    return cli.read_options(Config, preset, names, argv, description, extras.suited, **more)
 
 
 def parse(argv=None):

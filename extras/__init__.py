@@ -8,6 +8,7 @@ from extras import runs  # isort: skip, it goes before torch
 
 import importlib
 import itertools
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -461,6 +462,15 @@ def objective(run, ordinary, make_mask, autocast):
     chameleon = baseline(run.config.extra)
     kind = chameleon.Objective if chameleon else ordinary
     return kind(run.config, run.vae, run.ddpm, run.tokenizer, make_mask, run.device, autocast)
+
+
+def suited(device):
+    """The preset where no --config is given: the largest that suits the machine and needs no data."""
+    gpu = torch.cuda.is_available() and device in (None, "auto", "cuda")
+    name, why = ("rich", "a GPU is used") if gpu else ("small", "no GPU is used")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--config {name}: {why}, and it needs no data")
+    return name
 
 
 # ---- Sampling and scores -------------------------------------------------------------------------

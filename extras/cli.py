@@ -168,21 +168,23 @@ def add_options(parser, cls, hidden=()):
             group.add_argument(f"--{name}", type=read, metavar=choices or read.__name__.upper(), **more)
 
 
-def read_options(cls, preset, names, argv, description, default, hidden=(), check=None, **more):
+def read_options(cls, preset, names, argv, description, suited, hidden=(), check=None, **more):
     """The command line -> (an instance of the dataclass, all that argparse found). Raises ValueError.
 
-    preset: a function of one of `names` -> {option: value}, which go before the defaults. hidden: options
-    that may not be given. check(config, given options): raises ValueError on what cannot go together. more:
-    {option: help} of the script that calls.
+    preset: a function of one of `names` -> {option: value}, which go before the defaults. suited(device)
+    names the preset where none is given. hidden: options that may not be given. check(config, given options):
+    raises ValueError on what cannot go together. more: {option: help} of the script that calls.
     """
     usage = "%(prog)s [--config PRESET] [--OPTION VALUE] ..."
     parser = Parser(description=description, usage=usage, allow_abbrev=False)
-    parser.add_argument("--config", default=default, help=f"preset: {', '.join(names)} (default {default})")
+    usual = "default: by the machine, small or rich"
+    parser.add_argument("--config", help=f"preset: {', '.join(names)} ({usual})")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     for name, text in more.items():
         parser.add_argument(f"--{name}", help=text)
     add_options(parser, cls, hidden)
     args = parser.parse_args(argv)
+    args.config = suited(getattr(args, "device", None)) if args.config is None else args.config
     if args.config not in names:
         known = f"the presets are {', '.join(names)}{nearest(args.config, names)}"
         raise ValueError(f"no preset is called {args.config!r}; {known}")

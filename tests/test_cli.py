@@ -46,7 +46,7 @@ class Whole:
 
 
 def read(*argv, preset=lambda name: {}, **more):
-    return cli.read_options(Whole, preset, ["one", "two"], argv, "A test.", "one", **more)
+    return cli.read_options(Whole, preset, ["one", "two"], argv, "A test.", lambda device: "one", **more)
 
 
 # ---- Dataclasses as options -----------------------------------------------------------------------------------------
@@ -350,3 +350,16 @@ def test_on_a_cpu_a_trial_takes_seconds_or_is_left_out(config, capsys):
         assert str(error) == "reached"
     assert bool(tried) == (config not in SIZES) and set(tried) <= {(1, 0, 2, 1)}
     assert ("no stage is tried out first" in capsys.readouterr().err) == (config in SIZES)
+
+
+@pytest.mark.parametrize("cuda, words, expected", [
+    (False, [], "small"), (True, [], "rich"), (True, ["--device", "cpu"], "small"), (True, ["--config", "relations"], None),
+])  # fmt: skip
+def test_without_a_preset_it_takes_what_suits_the_machine(cuda, words, expected, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    config = parse(words)[0]
+    assert config.out == f"out/{expected or 'relations'}"
+    assert capsys.readouterr().out.startswith(f"--config {expected}: " if expected else "")
+    monkeypatch.setenv("RANK", "1")
+    parse(words)
+    assert capsys.readouterr().out == ""  # one process speaks for all
