@@ -162,7 +162,7 @@ def losses(model, tokens, image_id, x_0, t, eps):
     targets = tokens[:, 1:].masked_fill(tokens[:, 1:] == EOI, PAD)  # <EOI> is never sampled
     lm = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=PAD)  # PAD: no text follows
     alpha, sigma = alpha_sigma(t)
-    v = alpha * eps - sigma * x_0  # departs: eps
+    v = alpha * eps - sigma * x_0  # departs: eps itself, which is learned far more slowly
     return lm, F.mse_loss(prediction, v)
 
 
@@ -174,8 +174,7 @@ def train(model):
         optimizer.param_groups[0]["lr"] = LR * min((step + 1) / WARMUP, cosine)
         sequences, max_t = zip(*(training_sequence() for _ in range(ROWS)))
         tokens, image_id, x_0 = lay_out(sequences)
-        u = torch.rand(ROWS).sqrt()  # departs: uniform; much noise decides where and which
-        t = (u * torch.tensor(max_t)).ceil().long().clamp(min=1)  # (N,)
+        t = (torch.rand(ROWS) * torch.tensor(max_t)).long() + 1  # (N,): one for each image
         lm, ddpm = losses(model, tokens, image_id, x_0, t, torch.randn_like(x_0))
         optimizer.zero_grad()
         (lm + 5 * ddpm).backward()
