@@ -37,7 +37,7 @@ from extras.checkpoints import averaged_weights, read_checkpoint, restore, save
 from extras.idle import refuse_idle
 from extras.logs import Log
 from extras.optimizers import make_optimizers
-from extras.parallel import first, join, leave, synchronise, summed, total, wrap
+from extras.parallel import first, join, synchronise, summed, total, wrap
 from extras.rehearsal import rehearse
 from extras.scores import format_scores
 from model import SIZES, TransfusionConfig
@@ -367,7 +367,6 @@ def train(config, resume=False):
                 raise KeyboardInterrupt
 
     model = averaged_model(run)
-    leave()  # the first process goes on alone
     if model:
         print(f"trained in {time.time() - began:.0f} s; 3. the evaluation", flush=True)
         scores = evaluate(model, config.judged) | {"validation": run.log.found}

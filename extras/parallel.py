@@ -39,12 +39,6 @@ def join(device):
     return dist.get_rank(), dist.get_world_size(), here
 
 
-def leave():
-    """Part from the other processes, which do so at the same time."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def sent(tensor, device):
     """A CPU tensor on the device. From pinned memory, where that is CUDA: then the host need not wait."""
     cuda = device.type == "cuda"
