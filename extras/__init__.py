@@ -39,6 +39,7 @@ class Choices:
     merges: int = 0  # at most so many pairs of tokens are merged, as captions suggest; 0 = plain bytes
     grammar: Literal["places", "relations", "rich"] = "places"  # of the built-in scenes
     documents: Literal["pairs", "edits", "stories"] = "pairs"  # edits (section 4.5) and stories of scenes
+    by_folder: bool = False  # pairs in one folder (of a tar, too) are all trained on, or all held out
     latents: str = ""  # folder that vae.py --encode wrote: read in the place of the images
     cache: str = ""  # for tar indexes and tokenised text; "" = .transfusion beside the data, or out/cache
     # The U-Net.
@@ -82,6 +83,7 @@ def check(config):
     latents, frozen, chameleon = extra.latents, config.freeze_text, baseline(extra)
     pairs = extra.documents == "pairs" or in_lines(extra)
     together = {
+        f"min_lr is {config.min_lr}; it must be at most lr, {config.lr}": config.min_lr <= config.lr,
         "latents are of continuous images; leave them out": not (latents and chameleon),
         "latents need the VAE that made them; give --vae too": not latents or config.vae or start,
         "latents are of your own images; give --data too": not latents or extra.data,
@@ -226,6 +228,7 @@ def read_trained(path):
         state = runs.load_checkpoint(path)
     if not isinstance(state, dict) or "ema" not in state or not isinstance(state.get("config"), dict):
         raise ValueError(f"{path}: is not a checkpoint of train.py")
+    runs.check_sizes(state, path)
     choices = state["config"].get("extra")
     if path.suffix == ".safetensors" and isinstance(choices, dict):
         choices["cache"] = "out/cache"  # not where somebody else's export says
@@ -414,6 +417,8 @@ def tokenizer_and_vae(run, state, start, resume):
             check_vae(config, load_vae(config.vae, device), type(vae), vae)
     elif start and not isinstance(start, Path):
         tokenizer, vae = start.tokenizer, prepare_vae(config, device, own=start.vae.to(device))
+        pairs = open_pairs(config, "train", config.seed)
+        tokenizer.style = room("text").style_of([pairs.pair(i)[0] for i in range(2000)], tokenizer)
     else:
         tokenizer = open_tokenizer(config, open_pairs(config, "train", config.seed))
         if start:  # whatever is wrong with the Llama, say so before a VAE is trained

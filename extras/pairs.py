@@ -412,7 +412,7 @@ def open_sources(config, split="train", seed=0, kind_of=lambda path: Pairs):
             raise ValueError(f"--data {item}: its weight must be above 0, as in a:2,b.tar")
         latents = str(Path(extra.latents) / str(number)) if extra.latents else ""
         more = dict(max_broken=data.max_broken, cache=extra.cache, latents=latents)
-        more |= dict(by_folder=getattr(extra, "by_folder", False))
+        more |= dict(by_folder=extra.by_folder)
         sources.append(kind_of(path)(path, data.image_size, split, seed, **more))
         weights.append(weight)
     return Mixture(sources, weights, seed) if len(sources) > 1 else sources[0]

@@ -1,6 +1,7 @@
 """The weights that come with the project, assets/small.safetensors: right after the installation, they draw and describe what they are asked for."""
 
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from attention_mask import transfusion_mask
 from data import PairDocuments, Stream, collate
 from evaluate import write_captions
-from extras import gap, open_pairs
+from extras import gap, open_pairs, reference
 from extras.exports import read_safetensors
 from extras.judge import judge
 from extras.runs import IN_THE_BOX
@@ -37,6 +38,10 @@ def test_it_is_of_the_preset_and_small():
     assert vars(trained.model.config) == vars(config.model) | sized
     assert (trained.data, trained.sampling, trained.ddpm.config) == (config.data, config.sampling, config.diffusion)
     assert vars(trained.vae.config) == vars(config.autoencoder)
+    config.model = trained.model.config
+    kept = reference.references()["small"]
+    assert kept["settings"] == reference.settings(asdict(config)) and kept["seeds"] == [0, 1, 2, 3, 4]
+    assert reference.verdict(config, 500, {"val_lm": 9.0})[0].startswith("val_lm 9")
 
 
 def test_the_package_reads_it():
