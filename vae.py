@@ -315,6 +315,8 @@ def train_vae(
         if stop:
             raise KeyboardInterrupt
     vae.eval().measure_statistics(images, config.batch)
+    if not vae.latent_std.isfinite().all():
+        raise FloatingPointError(f"the VAE's latents are not finite: lower --vae_lr (now {config.lr:g})")
     save_parts(done=True)
     return vae
 

@@ -279,6 +279,12 @@ def test_same_seed_same_vae(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a) and not all(torch.equal(a[name], c[name]) for name in a)
 
 
+def test_a_learning_rate_far_too_high_is_named(tmp_path):
+    """Its last step leaves weights that no later loss of the VAE would show."""
+    with pytest.raises(FloatingPointError, match="lower --vae_lr"):
+        train_vae(VAEConfig(**TINY | dict(lr=1e30, steps=1, warmup=1)), pictures, tmp_path / "vae.pt")
+
+
 @pytest.mark.parametrize("change", [dict(), dict(disc_weight=0.5, disc_start=2), dict(codebook=50)], ids=["plain", "with discriminator", "VQ"])
 def test_interrupted_and_resumed_equals_straight(change, tmp_path):
     config = (VQConfig if "codebook" in change else VAEConfig)(**TINY | dict(steps=8) | change)
