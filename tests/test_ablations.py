@@ -57,6 +57,7 @@ def test_cells_of_equal_compute(driver, capsys):
     assert "| Transfusion, 4 patches | 55.0 (50.0-60.0) | 25.0 (20.0-30.0) | 45.0 (40.0-50.0) | 75.0 (75.0-75.0) | 3.000 (3.000-3.000) | 200 | 20.10 |" in out  # mean of 1 and 200 GFLOPs, times 200
 
 
+@pytest.mark.slow
 def test_finished_cells_are_kept_and_other_steps_are_other_cells(driver):
     run, calls = driver
     for steps, judged, expected in ((100, 8, 4), (100, 8, 0), (50, 8, 4), (100, 9, 4)):
@@ -66,6 +67,7 @@ def test_finished_cells_are_kept_and_other_steps_are_other_cells(driver):
         assert len(made) == expected and all(words[0] == ("evaluate.py" if judged == 9 else "train.py") for words in made)
 
 
+@pytest.mark.slow
 def test_a_failure_stops_the_others(driver, monkeypatch, tmp_path):
     run, calls = driver
     monkeypatch.setattr(ablations, "COMMON", f"{ablations.COMMON} --wandb fail")

@@ -175,7 +175,7 @@ def packed(seed, rows=2, length=128):
     return collate(documents, Tokenizer(), length, 16)
 
 
-@pytest.mark.parametrize("mask", [transfusion_mask, flex_mask])
+@pytest.mark.parametrize("mask", [transfusion_mask, pytest.param(flex_mask, marks=pytest.mark.slow)])
 def test_one_compilation_serves_every_batch(mask):
     """Other documents, other numbers of images, and every layer: the same graph. The compiler itself raises if it has to
     compile again; its backend "eager" then runs the graph as it stands, which a CPU can do with FlexAttention's, too."""
