@@ -383,7 +383,7 @@ def pick_tokens(logits, temperature, u, top_k=0, top_p=1.0):
     the likeliest that together have at least this probability (Holtzman et al. 2020).
     """
     if logits.isnan().any():
-        raise FloatingPointError("the next token came out as NaN: broken weights, as too high an --lr makes them")
+        raise FloatingPointError("the next token came out as NaN: broken weights, or too high an --lr")
     greedy = logits.argmax(-1)
     logits = logits / torch.where(temperature == 0, 1, temperature)[:, None]
     if top_k:
