@@ -225,6 +225,7 @@ def read(picture):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # tensors so small gain nothing from more
     random.seed(SEED)
     torch.manual_seed(SEED)
     model = Transfusion()
