@@ -119,6 +119,15 @@ def preset(name):
     return room(PRESETS[name]).PRESETS[name]
 
 
+def suited(device):
+    """The preset where no --config is given: the largest that suits the machine and needs no data."""
+    gpu = torch.cuda.is_available() and device in (None, "auto", "cuda")
+    name, why = ("rich", "a GPU is used") if gpu else ("small", "no GPU is used")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--config {name}: {why}, and it needs no data")
+    return name
+
+
 # ---- Data ----------------------------------------------------------------------------------------
 # config: a train.Config or a sample.Trained; both have `data` (a DataConfig) and `extra` (Choices).
 
@@ -181,9 +190,14 @@ def open_loader(run, split, workers):
     return Loader(stream, run.tokenizer, workers, config.micro_rows, skipped, pin)
 
 
+def first_captions(pairs):
+    """What tokenizers and the style of prompts are learned from."""
+    return [pairs.pair(i)[0] for i in range(2000)]
+
+
 def open_tokenizer(config, pairs):
-    """The tokenizer that the options name. Merges and style are learned from the first 2000 captions."""
-    extra, captions = config.extra, [pairs.pair(i)[0] for i in range(2000)]
+    """The tokenizer that the options name. Merges and style are learned from the first captions."""
+    extra, captions = config.extra, first_captions(pairs)
     tokenizer = Tokenizer()
     if extra.tokenizer:
         tokenizer = room("tokenizers").read_tokenizer(extra.tokenizer, captions, config.data.max_broken)
@@ -228,7 +242,6 @@ def read_trained(path):
         state = runs.load_checkpoint(path)
     if not isinstance(state, dict) or "ema" not in state or not isinstance(state.get("config"), dict):
         raise ValueError(f"{path}: is not a checkpoint of train.py")
-    runs.check_sizes(state, path)
     choices = state["config"].get("extra")
     if path.suffix == ".safetensors" and isinstance(choices, dict):
         choices["cache"] = "out/cache"  # not where somebody else's export says
@@ -417,8 +430,8 @@ def tokenizer_and_vae(run, state, start, resume):
             check_vae(config, load_vae(config.vae, device), type(vae), vae)
     elif start and not isinstance(start, Path):
         tokenizer, vae = start.tokenizer, prepare_vae(config, device, own=start.vae.to(device))
-        pairs = open_pairs(config, "train", config.seed)
-        tokenizer.style = room("text").style_of([pairs.pair(i)[0] for i in range(2000)], tokenizer)
+        captions = first_captions(open_pairs(config, "train", config.seed))
+        tokenizer.style = room("text").style_of(captions, tokenizer)
     else:
         tokenizer = open_tokenizer(config, open_pairs(config, "train", config.seed))
         if start:  # whatever is wrong with the Llama, say so before a VAE is trained
@@ -467,15 +480,6 @@ def objective(run, ordinary, make_mask, autocast):
     chameleon = baseline(run.config.extra)
     kind = chameleon.Objective if chameleon else ordinary
     return kind(run.config, run.vae, run.ddpm, run.tokenizer, make_mask, run.device, autocast)
-
-
-def suited(device):
-    """The preset where no --config is given: the largest that suits the machine and needs no data."""
-    gpu = torch.cuda.is_available() and device in (None, "auto", "cuda")
-    name, why = ("rich", "a GPU is used") if gpu else ("small", "no GPU is used")
-    if os.environ.get("RANK", "0") == "0":
-        print(f"--config {name}: {why}, and it needs no data")
-    return name
 
 
 # ---- Sampling and scores -------------------------------------------------------------------------

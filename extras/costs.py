@@ -108,9 +108,7 @@ if __name__ == "__main__":
         print(row + "".join(f"{cell / 1e9:13.1f}" for cell in cells))
     print("GFLOPs/token: forward and backward, sequences of 4096, plain causal attention.")
     print("Days: of an H100 or H200, for the paper's 0.5T tokens at 50% MFU.")
-    print(
-        "Then GB per GPU, for the preset's rows of 4096 tokens at a time; weights, optimiser and average are"
-    )
+    print("Then GB per GPU, for the preset's rows of 4096 tokens; weights, optimiser and average are")
     print("shared (--fsdp). copies: of weights, in bfloat16. The last two: with compiled blocks, and with")
     print("--checkpoint_activations.")
     image = encoding_memory(Config().autoencoder, 1, 256) / 1e9

@@ -8,6 +8,25 @@ COLOURS = ((31, 98, 176), (214, 96, 32), (44, 140, 70), (140, 70, 160), (120, 12
 WIDTH, HEIGHT = 420, 260  # of a panel, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 30, 34  # margins within it
 FINER = 3  # drawn so many times larger, then made smaller: smooth lines
+QUARTERS = {n: f"quarter {n} of t" for n in (1, 2, 3, 4)}
+PANELS = {  # title -> {figure of log.jsonl: its label}
+    "text loss, nats a token": dict(lm="training", val_lm="held out"),
+    "diffusion loss": dict(ddpm="training", val_ddpm="held out"),
+    "diffusion loss, held out": {f"val_ddpm_q{n}": text for n, text in QUARTERS.items()},
+    "loss of image tokens": dict(val_codes="held out"),
+    "conditioning gap, %": {f"val_gap_q{n}": text for n, text in QUARTERS.items()},
+    "text gap, nats a token": dict(val_text_gap="held out"),
+}
+
+
+def panels(points):
+    """What PANELS names, as draw_panels takes it. points(figure) -> a list of (step, mean, low, high)."""
+    found = []
+    for title, figures in PANELS.items():
+        known = {label: points(name) for name, label in figures.items()}
+        lines = [(label, *zip(*rows)) for label, rows in known.items() if rows]
+        found += [(title, lines)] if lines else []
+    return found
 
 
 def ticks(low, high, n=5):

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
-from extras.runs import opening, written
+from extras.runs import check_sizes, opening, written
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
@@ -45,7 +45,8 @@ def write_safetensors(path, tensors, texts=None):
         data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         header[name] = dict(dtype=NAMES[value.dtype], shape=list(value.shape))
         header[name] |= dict(data_offsets=[end, end + len(data)])
-        parts, end = [*parts, data], end + len(data)
+        parts.append(data)
+        end += len(data)
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # the data are aligned
     with written(path) as file:
@@ -80,4 +81,5 @@ def read_export(path):
         for part in ("ema", "vae"):
             found = {name: value for name, value in tensors.items() if name.startswith(f"{part}.")}
             state[part] = {name.removeprefix(f"{part}."): value for name, value in found.items()}
+    check_sizes(state, path)
     return state

@@ -18,11 +18,9 @@ from extras import cli, curves, runs  # noqa: E402
 
 FILE = ROOT / "assets/reference.json"
 # These options change what a run costs or shows, not where its losses go.
-FREE = (
-    "out seed device micro_rows compile attention precision checkpoint_activations fsdp shard wandb".split()
-)
-FREE += "log_every eval_every judged max_broken workers cache".split()
-# A loss too high, or a gap too low, and what was seen to cause it.
+FREE = "out seed device micro_rows compile attention precision checkpoint_activations fsdp shard ".split()
+FREE += "wandb log_every eval_every judged max_broken workers cache".split()
+# What a loss too high, or a gap too low, says.
 MEANINGS = {
     "val_lm": "captions are not learned",
     "val_ddpm_q2": "images are not learned where they are little noised: look at the VAE's reconstructions",
@@ -54,9 +52,10 @@ def verdict(config, step, found):
 
     A figure is off if it is worse than in every run of the reference by more than their range is wide.
     """
+    here = settings(asdict(config))
     for kept in references().values():
         then = kept["steps"].get(str(step))
-        if not then or kept["settings"] != settings(asdict(config)):
+        if not then or kept["settings"] != here:
             continue
         seeds = f"{len(kept['seeds'])} seeds"
         for name, meaning in MEANINGS.items():
@@ -91,16 +90,10 @@ def collect(folders):
 def draw(kept):
     """What `collect` gives -> PIL image of its curves."""
 
-    def line(label, name):
-        points = [(int(step), *figures[name]) for step, figures in kept["steps"].items() if name in figures]
-        return label, *map(list, zip(*points))
+    def points(name):
+        return [(int(step), *figures[name]) for step, figures in kept["steps"].items() if name in figures]
 
-    quarters = [f"quarter {n} of t" for n in (1, 2, 3, 4)]
-    panels = [("text loss, nats a token", [line("held out", "val_lm")])]
-    panels += [("diffusion loss", [line(text, f"val_ddpm_q{n}") for n, text in enumerate(quarters, 1)])]
-    panels += [("conditioning gap, %", [line(text, f"val_gap_q{n}") for n, text in enumerate(quarters, 1)])]
-    panels += [("text gap, nats a token", [line("held out", "val_text_gap")])]
-    return curves.draw_panels(panels)
+    return curves.draw_panels(curves.panels(points))
 
 
 def main(preset, *folders):

@@ -5,7 +5,6 @@ It shows the scores, the losses over the steps, the sample sheets, and the optio
 
 import base64
 import html
-import io
 import json
 from pathlib import Path
 
@@ -15,41 +14,25 @@ from extras.scores import format_scores
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
 pre { overflow-x: auto; background: #f5f5f5; padding: 1em } img { max-width: 100% }
 td { padding: 0 1.5em 0 0 } figure { margin: 1em 0 }"""
-QUARTERS = [f"quarter {n} of t" for n in (1, 2, 3, 4)]
-PANELS = {  # title -> {figure of log.jsonl: its label}
-    "text loss, nats a token": dict(lm="training", val_lm="held out"),
-    "diffusion loss": dict(ddpm="training", val_ddpm="held out"),
-    "diffusion loss, held out": {f"val_ddpm_q{n}": text for n, text in enumerate(QUARTERS, 1)},
-    "loss of image tokens": dict(val_codes="held out"),
-    "conditioning gap, %": {f"val_gap_q{n}": text for n, text in enumerate(QUARTERS, 1)},
-    "text gap, nats a token": dict(val_text_gap="held out"),
-}
 
 
 def series(lines):
     """The lines of log.jsonl as dicts -> panels, as curves.draw_panels takes them; those without data go."""
-    panels = []
-    for title, figures in PANELS.items():
-        drawn = []
-        for name, label in figures.items():
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if points:
-                steps, values = zip(*points)
-                drawn.append((label, steps, values, values, values))
-        panels += [(title, drawn)] if drawn else []
-    return panels
+
+    def points(name):
+        """(step, value, and it again as both bounds) of each line that has the figure."""
+        return [(line["step"], *[line[name]] * 3) for line in lines if line.get(name) is not None]
+
+    return curves.panels(points)
 
 
-def embedded(image):
-    """A PIL image, or the path of a PNG -> an <img> that holds it."""
-    if not isinstance(image, Path):
-        image.save(file := io.BytesIO(), "PNG")
-    content = image.read_bytes() if isinstance(image, Path) else file.getvalue()
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+def embedded(path):
+    """The path of a PNG -> an <img> that holds it."""
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
 def page(title, options, scores, chart, sheets):
-    """The report -> str. options: (name, value here, the paper's value) each; sheets: paths of PNGs."""
+    """The report -> str. options: (name, value here, the paper's value) each; chart, sheets: of PNGs."""
     parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>']
     parts.append(f"<style>{STYLE}</style><body><h1>{html.escape(title)}</h1>")
     if scores:
@@ -70,10 +53,10 @@ def write(folder, config):
     folder = Path(folder)
     with open(folder / "log.jsonl", encoding="utf-8") as file:
         panels = series([json.loads(line) for line in file])
-    chart = curves.draw_panels(panels) if panels else None
-    if chart:
-        with runs.written(folder / "curves.png") as file:
-            chart.save(file, "png")
+    chart = folder / "curves.png" if panels else None
+    if panels:
+        with runs.written(chart) as file:
+            curves.draw_panels(panels).save(file, "png")
     scores = folder / "scores.json"
     defaults, here = cli.flat(type(config)()), cli.flat(config)
     options = [(name, here[name], defaults[name]) for name in here if here[name] != defaults[name]]

@@ -21,7 +21,7 @@ def count(paths):
 
 
 # The core keeps its promise. The whole was to come down to 4,600 and has not; it may not grow beyond what it is.
-CORE, WHOLE = 2000, 8329
+CORE, WHOLE = 2000, 8328
 
 
 def test_the_core_does_not_grow():
